@@ -1,0 +1,1 @@
+"""How you reach it: HTTP in, commands and views behind it."""

@@ -1,0 +1,1 @@
+"""How it is run: the `muniment` command, the worker, migrations, the bench."""
