@@ -1,0 +1,310 @@
+"""The configuration: every environment variable Muniment reads, in one frozen value.
+
+Invariant: a `Settings` that exists is possible. All that is wrong with an environment is found at
+once, before anything starts, and no message shows a secret's value. Only entry points (`ops`) read
+the environment; everything else is handed what it needs. Defaults that depend on the machine may
+stand here; connections, files and keys may not be opened here.
+"""
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
+Mode = Literal["production", "development"]
+
+EMBEDDED = "embedded"
+"""The value of DATABASE_URL that asks for the PostgreSQL that Muniment starts itself."""
+
+_OUR_NAMES = (
+    "MUNIMENT_MODE",
+    "MUNIMENT_HOME",
+    "MUNIMENT_DEPLOYMENT",
+    "MUNIMENT_KEYS_DIR",
+)
+# Kubernetes describes every service of the namespace to every container, in variables that begin
+# with the service's name: a service called muniment, or muniment-api, must not stop the start.
+_KUBERNETES_NAME = re.compile(
+    r"MUNIMENT(_[A-Z0-9_]+)?"
+    r"(_SERVICE_HOST|_SERVICE_PORT(_[A-Z0-9_]+)?|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_KUBERNETES_LINK = re.compile(r"MUNIMENT(_[A-Z0-9_]+)?_PORT")
+_DEPLOYMENT = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/[a-z0-9]([a-z0-9._-]*[a-z0-9])?)*")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True} | {
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+
+
+class InvalidSettings(Exception):
+    """The environment asks for something impossible; `problems` has one sentence for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(f"- {problem}" for problem in problems))
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator decided. Durations and sizes carry their unit in the name."""
+
+    mode: Mode
+    home: Path
+    keys_dir: Path
+    deployment: str | None
+    """None: whatever the first migration stored."""
+    database_url: str
+    """A connection string, or `EMBEDDED`."""
+    database_direct_url: str
+    migrate_database_url: str | None
+    """The owner's; None in production where it was not given: then nothing can migrate."""
+    redis_url: str | None
+    idempotency_enabled: bool
+    idempotency_ttl_seconds: int
+    session_retention_days: int
+    oidc_issuer_url: str | None
+    oidc_audience: str | None
+    oidc_project_claim: str
+    oidc_roles_claim: str
+    oidc_kind_claim: str
+    host: str
+    port: int
+
+    @property
+    def embedded(self) -> bool:
+        """Whether Muniment runs PostgreSQL itself."""
+        return self.database_url == EMBEDDED
+
+    def __repr__(self) -> str:
+        """Connection strings carry passwords: they stay out of logs and tracebacks."""
+        return f"Settings(mode={self.mode!r}, home={str(self.home)!r}, embedded={self.embedded})"
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read `environ`; an empty value counts as absent.
+
+        Raises `InvalidSettings` with everything that is wrong, not only the first thing.
+        """
+        read = _Environment(environ)
+        read.refuse_unknown_names()
+        mode: Mode = "production"
+        if read.one_of("MUNIMENT_MODE", ("production", "development")) == "development":
+            mode = "development"
+        home = read.directory("MUNIMENT_HOME", _default_home(environ))
+        database_url = read.secret("DATABASE_URL", _check_database)
+        if database_url is None and mode == "production":
+            read.problems.append(
+                "DATABASE_URL is not set, and production needs it: name a PostgreSQL database, "
+                f"or set it to {EMBEDDED!r} to let Muniment run one in MUNIMENT_HOME. "
+                "To try Muniment out, set MUNIMENT_MODE=development"
+            )
+        database_url = database_url or EMBEDDED
+        direct_url = read.secret("DATABASE_DIRECT_URL", _check_connection)
+        migrate_url = read.secret("MIGRATE_DATABASE_URL", _check_connection)
+        if database_url == EMBEDDED:
+            for name, value in (
+                ("DATABASE_DIRECT_URL", direct_url),
+                ("MIGRATE_DATABASE_URL", migrate_url),
+            ):
+                if value is not None:
+                    read.problems.append(
+                        f"{name} is set, but the database is the embedded one, "
+                        f"which needs none: unset it, or set DATABASE_URL too"
+                    )
+        issuer = read.text("OIDC_ISSUER_URL", _check_issuer)
+        audience = read.text("OIDC_AUDIENCE")
+        if (issuer is None) != (audience is None):
+            there, missing = (
+                ("OIDC_AUDIENCE", "OIDC_ISSUER_URL")
+                if issuer is None
+                else ("OIDC_ISSUER_URL", "OIDC_AUDIENCE")
+            )
+            read.problems.append(f"{there} is set without {missing}: set both, or neither")
+        same_in_development = database_url if mode == "development" else None
+        settings = cls(
+            mode=mode,
+            home=home,
+            keys_dir=read.directory("MUNIMENT_KEYS_DIR", home / "keys"),
+            deployment=read.text("MUNIMENT_DEPLOYMENT", _check_deployment),
+            database_url=database_url,
+            database_direct_url=direct_url or database_url,
+            migrate_database_url=migrate_url
+            or (EMBEDDED if database_url == EMBEDDED else same_in_development),
+            redis_url=read.secret("REDIS_URL", _check_redis),
+            idempotency_enabled=read.boolean("IDEMPOTENCY_ENABLED", True),
+            idempotency_ttl_seconds=read.integer("IDEMPOTENCY_TTL_SECONDS", 86_400, 1, 31_622_400),
+            session_retention_days=read.integer("SESSION_RETENTION_DAYS", 7, 1, 36_500),
+            oidc_issuer_url=issuer,
+            oidc_audience=audience,
+            oidc_project_claim=read.text("OIDC_PROJECT_CLAIM") or "project",
+            oidc_roles_claim=read.text("OIDC_ROLES_CLAIM") or "roles",
+            oidc_kind_claim=read.text("OIDC_KIND_CLAIM") or "kind",
+            host=read.text("HOST", _check_host) or "127.0.0.1",
+            port=read.integer("PORT", 8088, 1, 65_535),
+        )
+        if read.problems:
+            raise InvalidSettings(read.problems)
+        return settings
+
+
+Check = Callable[[str], str | None]
+"""Takes a value; answers what is allowed when the value is not, else None."""
+
+
+class _Environment:
+    """Reads variables one by one and remembers what was wrong with them."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self.problems: list[str] = []
+
+    def refuse_unknown_names(self) -> None:
+        """A misspelt setting must not silently be its default."""
+        for name, value in sorted(self._environ.items()):
+            if not name.startswith("MUNIMENT_") or name in _OUR_NAMES:
+                continue
+            if _KUBERNETES_NAME.fullmatch(name):
+                continue
+            if _KUBERNETES_LINK.fullmatch(name) and "://" in value:
+                continue
+            near = difflib.get_close_matches(name, _OUR_NAMES, n=1)
+            if name.removeprefix("MUNIMENT_") in ("HOST", "PORT", "DATABASE_URL", "REDIS_URL"):
+                near = [name.removeprefix("MUNIMENT_")]
+            hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(_OUR_NAMES)}"
+            self.problems.append(f"{name} is not a setting of Muniment: {hint}")
+
+    def text(self, name: str, check: Check | None = None) -> str | None:
+        value = self._environ.get(name, "").strip()
+        if value and check and (allowed := check(value)):
+            self.problems.append(f"{name} is {value!r}: {allowed}")
+            return None
+        return value or None
+
+    def secret(self, name: str, check: Check) -> str | None:
+        """The value of `name`, or the contents of the file that `name`_FILE names."""
+        value = self._environ.get(name, "").strip()
+        file_name = self._environ.get(f"{name}_FILE", "").strip()
+        if value and file_name:
+            self.problems.append(f"{name} and {name}_FILE are both set: unset one of them")
+            return None
+        if file_name:
+            try:
+                value = Path(file_name).read_text("utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+                self.problems.append(
+                    f"{name}_FILE is {file_name!r}, which cannot be read: {reason}"
+                )
+                return None
+            if not value:
+                self.problems.append(f"{name}_FILE is {file_name!r}, which is empty")
+                return None
+        if value and (allowed := check(value)):
+            self.problems.append(f"{name} (its value is secret and not shown): {allowed}")
+            return None
+        return value or None
+
+    def one_of(self, name: str, allowed: tuple[str, ...]) -> str | None:
+        either = f"allowed are {' and '.join(allowed)}"
+        return self.text(name, lambda value: None if value in allowed else either)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.text(
+            name, lambda value: None if value.lower() in _BOOLEANS else "allowed are true and false"
+        )
+        return default if value is None else _BOOLEANS[value.lower()]
+
+    def integer(self, name: str, default: int, least: int, most: int) -> int:
+        allowed = f"a whole number from {least} to {most} is allowed"
+
+        def check(value: str) -> str | None:
+            number = int(value) if re.fullmatch(r"[0-9]{1,18}", value) else None
+            return None if number is not None and least <= number <= most else allowed
+
+        value = self.text(name, check)
+        return default if value is None else int(value)
+
+    def directory(self, name: str, default: Path) -> Path:
+        def check(value: str) -> str | None:
+            path = Path(value)
+            if not path.is_absolute():
+                return "an absolute path is allowed (processes start in different directories)"
+            if path.exists() and not path.is_dir():
+                return "it exists and is not a directory"
+            return None
+
+        value = self.text(name, check)
+        return default if value is None else Path(os.path.normpath(value))
+
+
+def _default_home(environ: Mapping[str, str]) -> Path:
+    # An account other than root must be able to enter it (PostgreSQL refuses to run as root), and
+    # root's own directory is closed to all others: for root, the place of a system's services.
+    if os.geteuid() == 0:
+        return Path("/var/lib/muniment")
+    data_home = environ.get("XDG_DATA_HOME", "")
+    if data_home.startswith("/"):
+        return Path(data_home) / "muniment"
+    return Path.home() / ".local" / "share" / "muniment"
+
+
+def _check_connection(value: str) -> str | None:
+    try:
+        conninfo_to_dict(value)
+    except ProgrammingError:
+        return "a PostgreSQL connection string is allowed, such as postgresql://user@host/database"
+    return None
+
+
+def _check_database(value: str) -> str | None:
+    if value == EMBEDDED or not (allowed := _check_connection(value)):
+        return None
+    return f"{allowed}, or the word {EMBEDDED!r}"
+
+
+def _check_redis(value: str) -> str | None:
+    if urlsplit(value).scheme in ("redis", "rediss", "unix"):
+        return None
+    return "an address that begins with redis://, rediss:// or unix:// is allowed"
+
+
+def _check_issuer(value: str) -> str | None:
+    parts = urlsplit(value)
+    if (
+        parts.scheme in ("https", "http")
+        and parts.netloc
+        and not parts.query
+        and not parts.fragment
+    ):
+        return None
+    return "an https:// address without query or fragment is allowed"
+
+
+def _check_deployment(value: str) -> str | None:
+    # It begins the origin of every log (C2SP tlog-checkpoint): an address without a scheme.
+    if len(value) <= 200 and _DEPLOYMENT.fullmatch(value):
+        return None
+    return (
+        "a lower-case host name, with a path if you like, of at most 200 characters is allowed, "
+        "such as ledger.example.com"
+    )
+
+
+def _check_host(value: str) -> str | None:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        # What looks like an address and is none must not go out to be looked up as a name.
+        if not _HOST_NAME.fullmatch(value) or re.fullmatch(r"[0-9.]+", value):
+            return "an IP address or a host name is allowed"
+    return None
