@@ -177,7 +177,7 @@ class _Environment:
                 continue
             if _KUBERNETES_LINK.fullmatch(name) and "://" in value:
                 continue
-            near = difflib.get_close_matches(name, _OUR_NAMES, n=1)
+            near = difflib.get_close_matches(name, _OUR_NAMES, n=1, cutoff=0.8)
             if name.removeprefix("MUNIMENT_") in ("HOST", "PORT", "DATABASE_URL", "REDIS_URL"):
                 near = [name.removeprefix("MUNIMENT_")]
             hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(_OUR_NAMES)}"
