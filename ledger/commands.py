@@ -1,0 +1,268 @@
+"""Every request a caller may make, how its bytes are read, and the receipt it is answered with.
+
+A command is imperative, names at most one target, and says which roles may give it. Reading is strict:
+an unknown field, a number that JSON cannot carry or a malformed personal value is refused here, by
+pointer, before anything is decided. Rules are never here; they decide on a command that was read.
+"""
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from ledger.errors import MalformedRequest, MunimentError, NumberOutOfRange
+from ledger.events import AgentDescription, Artifact, Json, Line, Ref, Stamp, Usage, canonical
+from ledger.vault import check
+
+METADATA_BYTES_MAX = 16 * 1024
+TEXT_CHARACTERS_MAX = 4096
+EXACT_INTEGER_MAX = 2**53 - 1
+
+CommandId = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._~:@+-]+$")]
+ProjectId = Annotated[str, Meta(min_length=2, max_length=63, pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")]
+Moment = Annotated[datetime, Meta(tz=True)]
+Kind = Annotated[str, Meta(max_length=100, pattern=r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$")]
+Labels = Annotated[dict[Line, Line], Meta(max_length=32)]
+Refs = Annotated[tuple[Ref, ...], Meta(max_length=16)]
+
+
+class PersonalValue(Struct, frozen=True, forbid_unknown_fields=True):
+    subject: Line
+    value: Any
+
+
+class Personal(Struct, frozen=True, forbid_unknown_fields=True, rename={"personal": "$personal"}):
+    """A value about a person: sealed under that subject's own key from the first event on."""
+
+    personal: PersonalValue
+
+
+Text = Annotated[str, Meta(min_length=1, max_length=TEXT_CHARACTERS_MAX)] | Personal
+Status = Literal["pending", "active", "completed", "failed", "expired", "cancelled"]
+
+
+class Command(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="type"):
+    """What every command may carry besides its own fields."""
+
+    target_field: ClassVar[str]
+    stream_type: ClassVar[str]
+    creates: ClassVar[bool] = False
+    roles: ClassVar[tuple[str, ...]]
+
+    command_id: CommandId | UnsetType = UNSET
+    expected_version: Annotated[int, Meta(ge=0, le=EXACT_INTEGER_MAX)] | UnsetType = UNSET
+    occurred_at: Moment | UnsetType = UNSET
+    correlation_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")] | UnsetType = (
+        UNSET
+    )
+    causation_id: UUID | UnsetType = UNSET
+    external_id: Line | UnsetType = UNSET
+    refs: Refs = ()
+
+    @property
+    def target(self) -> UUID | None:
+        """The stream this command is about, where the caller named it."""
+        named = getattr(self, self.target_field)
+        return named if isinstance(named, UUID) else None
+
+    @property
+    def reads(self) -> tuple[UUID, ...]:
+        """The other streams its rules must see."""
+        return ()
+
+
+class OpenSession(Command, kw_only=True, tag=True):
+    """Open a session: one agent at work, until it ends or its time runs out."""
+
+    target_field = "session_id"
+    stream_type = "session"
+    creates = True
+    roles = ("agent",)
+
+    agent_role: Line
+    session_id: UUID | UnsetType = UNSET
+    task_id: Line | None = None
+    metadata: Json = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
+    parent_session_id: UUID | None = None
+    agent: AgentDescription | None = None
+    expires_at: Moment | None = None
+
+    @property
+    def reads(self) -> tuple[UUID, ...]:
+        return (self.parent_session_id,) if self.parent_session_id else ()
+
+
+class ChangeSession(Command, kw_only=True, tag=True):
+    """Change a session: its status, the work it is bound to, its metadata; all of it or nothing."""
+
+    target_field = "session_id"
+    stream_type = "session"
+    roles = ("agent",)
+
+    session_id: UUID | UnsetType = UNSET
+    status: Status | UnsetType = UNSET
+    task_id: Line | UnsetType | None = UNSET
+    metadata: Json | UnsetType = UNSET
+    reason: Text | None = None
+    force: bool = False
+
+
+class CancelSession(Command, kw_only=True, tag=True):
+    """Cancel a session; with `cascade` every session below it too."""
+
+    target_field = "session_id"
+    stream_type = "session"
+    roles = ("agent", "operator")
+
+    session_id: UUID | UnsetType = UNSET
+    reason: Text | None = None
+    cascade: bool = False
+
+
+class AnnotateSession(Command, kw_only=True, tag=True):
+    """Add a remark to a session, whatever its state."""
+
+    target_field = "session_id"
+    stream_type = "session"
+    roles = ("agent",)
+
+    text: Text
+    session_id: UUID | UnsetType = UNSET
+
+
+class Record(Command, kw_only=True, tag=True):
+    """Record a plain fact: a message, a model call, a tool call, anything that happened."""
+
+    target_field = "record_id"
+    stream_type = "record"
+    creates = True
+    roles = ("agent",)
+
+    kind: Kind
+    record_id: UUID | UnsetType = UNSET
+    session_id: UUID | None = None
+    task_id: UUID | None = None
+    approval_id: UUID | None = None
+    parent_record_id: UUID | None = None
+    status: Literal["ok", "error"] | None = None
+    started_at: Moment | None = None
+    ended_at: Moment | None = None
+    body: Any = None
+    usage: Usage | None = None
+    artifacts: Annotated[tuple[Artifact, ...], Meta(max_length=100)] = ()
+
+    @property
+    def reads(self) -> tuple[UUID, ...]:
+        return tuple(i for i in (self.session_id, self.parent_record_id) if i)
+
+
+class ExpireSession(Command, kw_only=True, tag=True):
+    """Time ran out. Given by the system alone, with an id made from stream and deadline."""
+
+    target_field = "session_id"
+    stream_type = "session"
+    roles = ()
+
+    session_id: UUID
+    deadline: Stamp
+
+
+COMMANDS: tuple[type[Command], ...] = (OpenSession, ChangeSession, CancelSession, AnnotateSession, Record)
+"""What a caller may send; the system's own commands are not among them."""
+
+
+class Receipt(Struct, frozen=True, kw_only=True):
+    """What became of a command. Every answer, first or replayed, is made from this and nothing else.
+
+    `state` is the target folded to `seen_position`; `refusal` is set when the command was refused and
+    the refusal recorded. A command that appended nothing has `event_count` 0 and `first_position` 0.
+    """
+
+    command_id: str
+    type: str
+    status: int
+    target: UUID | None
+    first_position: int
+    event_count: int
+    seen_position: int
+    state: Any = None
+    refusal: MunimentError | None = None
+    replayed: bool = False
+
+    @property
+    def positions(self) -> range:
+        return range(self.first_position, self.first_position + self.event_count)
+
+
+# Reading
+
+_any = msgspec.json.Decoder(OpenSession | ChangeSession | CancelSession | AnnotateSession | Record)
+_each = {cls: msgspec.json.Decoder(cls) for cls in COMMANDS}
+_suspicious = re.compile(rb"[0-9]{16}|[0-9][eE]\+?[0-9]{3}")
+_marked = re.compile(rb'"\$(personal|sealed|erased)"')
+
+
+def read_command(body: bytes | msgspec.Raw, kind: type[Command] | None = None) -> Command:
+    """The command in `body`, of the type it names or, where a route already says so, of `kind`.
+
+    Raises MalformedRequest or NumberOutOfRange with a JSON pointer (RFC 6901) to what is wrong.
+    """
+    try:
+        command = _any.decode(body) if kind is None else _each[kind].decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        explain(error, bytes(body))
+    encoded = canonical(command)
+    if _suspicious.search(encoded):
+        check_numbers(msgspec.json.decode(encoded))
+    if _marked.search(encoded):
+        check(msgspec.json.decode(encoded), "")
+    if len(encoded) > METADATA_BYTES_MAX and len(canonical(getattr(command, "metadata", None))) > METADATA_BYTES_MAX:
+        _refuse("/metadata", f"it is over {METADATA_BYTES_MAX} bytes")
+    return command
+
+
+def explain(error: Exception, body: bytes) -> NoReturn:
+    """Raise what `error`, met while reading `body`, means to its sender."""
+    if isinstance(error, RecursionError):
+        _refuse("", "it is nested too deeply")
+    if isinstance(error, UnicodeDecodeError):
+        _refuse("", "it is not UTF-8")
+    text, _, path = str(error).partition(" - at `")
+    if "Number out of range" in text:
+        raise NumberOutOfRange([{"pointer": pointer(path), "detail": "the number is too large; send it as a string"}])
+    _refuse(pointer(path), text if isinstance(error, msgspec.ValidationError) else "it is not valid JSON")
+
+
+def pointer(path: str) -> str:
+    """msgspec's `$.labels[3].x` as a JSON pointer; a dictionary's key it does not tell, so there it ends."""
+    steps = re.findall(r"\.([^.\[`]+)|\[(\d+)\]", path.split("[...]")[0].rstrip("`"))
+    return "".join(f"/{name or index}".replace("~", "~0") for name, index in steps)
+
+
+def check_numbers(value: Any) -> None:
+    """Refuse integers that a reader using binary64 numbers would see changed (RFC 8259 s6)."""
+    wrong = list(_inexact(value, ""))
+    if wrong:
+        raise NumberOutOfRange(
+            [{"pointer": p, "detail": "the integer is beyond 2^53-1; send it as a string"} for p in wrong]
+        )
+
+
+def _inexact(value: Any, at: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _inexact(item, f"{at}/{str(key).replace('~', '~0').replace('/', '~1')}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _inexact(item, f"{at}/{index}")
+    elif isinstance(value, int) and abs(value) > EXACT_INTEGER_MAX:
+        yield at
+
+
+def _refuse(at: str, detail: str) -> NoReturn:
+    raise MalformedRequest([{"pointer": at, "detail": detail}])

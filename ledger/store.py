@@ -1,0 +1,235 @@
+"""THE event store: append, read a stream, read a ledger after a position, look up a command.
+
+One ledger per project. Positions are dense and in commit order, because an append states the size it was
+decided on and holds the ledger's row to commit: a rollback gives its positions back, and nobody sees 8
+before 7. Rules and caches are not here; whoever appends has decided already.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from msgspec import Struct, field
+from uuid_utils.compat import uuid7
+
+from ledger.events import Recorded, decode
+from ledger.postgres import Connection, bigints, byteas, queries, smallints, texts, uuids
+
+SQL = queries("ledger", "store")
+
+
+class Ledger(NamedTuple):
+    """A project's ledger and where it stands."""
+
+    ledger_id: UUID
+    is_foreign: bool
+    size: int
+    last_recorded_at: datetime
+
+
+class Head(NamedTuple):
+    """Where a ledger stands: the position of its last event, and the time of it."""
+
+    size: int
+    last_recorded_at: datetime
+
+
+class Stored(NamedTuple):
+    """An event as its bytes, in its place; `payload` is its data where that stands beside the entry."""
+
+    position: int
+    type: str
+    entry: bytes
+    payload: bytes | None
+
+    def decode(self) -> Recorded:
+        """Raises UpgradeRequired where a newer release wrote it."""
+        return Recorded(self.position, decode(self.entry, self.payload, self.type))
+
+
+class EventRow(NamedTuple):
+    stream_id: UUID
+    stream_version: int
+    type: str
+    entry: bytes
+    leaf: bytes
+    payload: bytes | None
+
+
+class CommandRow(NamedTuple):
+    """What a command did; see SPEC §5 "Idempotency, exactly"."""
+
+    principal: str
+    command_id: str
+    fingerprint: bytes
+    type: str
+    target: UUID | None
+    status: int
+    first_position: int
+    event_count: int
+    seen_position: int
+
+
+class OpenItem(NamedTuple):
+    """Something open under a session: for now, a child session."""
+
+    item_id: UUID
+    item_type: str
+    session_id: UUID
+    root_session_id: UUID
+
+
+class Append(Struct, kw_only=True):
+    """One batch as rows: decided on a ledger of `seen` events, all of it or nothing."""
+
+    ledger_id: UUID
+    seen: int
+    recorded_at: datetime
+    events: list[EventRow] = field(default_factory=list)
+    commands: list[CommandRow] = field(default_factory=list)
+    opened: dict[UUID, OpenItem] = field(default_factory=dict)
+    closed: set[UUID] = field(default_factory=set)
+
+
+async def create_ledger(connection: Connection, project_id: str, is_foreign: bool = False) -> Ledger:
+    """The ledger of a project, made now unless it is there."""
+    await connection.execute(
+        SQL.create_ledger, {"ledger_id": uuid7(), "project_id": project_id, "is_foreign": is_foreign}
+    )
+    ledger = await find_ledger(connection, project_id)
+    assert ledger is not None
+    return ledger
+
+
+async def find_ledger(connection: Connection, project_id: str) -> Ledger | None:
+    cursor = await connection.execute(SQL.find_ledger, {"project_id": project_id})
+    row = await cursor.fetchone()
+    return Ledger(*row) if row else None
+
+
+async def head(connection: Connection, ledger_id: UUID) -> Head:
+    cursor = await connection.execute(SQL.head, {"ledger_id": ledger_id}, prepare=True)
+    row = await cursor.fetchone()
+    assert row is not None
+    return Head(*row)
+
+
+async def lock(connection: Connection, ledger_id: UUID) -> Head:
+    """Where the ledger stands, and nobody else appends until the transaction ends."""
+    cursor = await connection.execute(SQL.lock, {"ledger_id": ledger_id}, prepare=True)
+    row = await cursor.fetchone()
+    assert row is not None
+    return Head(*row)
+
+
+async def append(connection: Connection, batch: Append) -> bool:
+    """Append `batch`; False, with nothing written, if the ledger has moved on since it was decided.
+
+    One statement, its own transaction unless one is open. Dying before it commits leaves nothing; dying
+    after leaves everything, and the command ids find it. Raises UniqueViolation where a command id or a
+    stream id was believed new and is not.
+    """
+    beside = [(batch.seen + i, e.payload) for i, e in enumerate(batch.events, 1) if e.payload is not None]
+    if not (beside or batch.opened or batch.closed):
+        return await _append_rows(connection, batch)
+    async with connection.transaction():
+        if not await _append_rows(connection, batch):
+            return False
+        if beside:
+            positions, payloads = zip(*beside, strict=True)
+            rows = {"ledger_id": batch.ledger_id, "positions": bigints(positions), "payloads": byteas(payloads)}
+            await connection.execute(SQL.append_payloads, rows)
+        await _append_open_items(connection, batch)
+    return True
+
+
+async def _append_rows(connection: Connection, batch: Append) -> bool:
+    streams, versions, types, entries, leaves, _ = zip(*batch.events, strict=True) if batch.events else ((),) * 6
+    commands: Any = zip(*batch.commands, strict=True) if batch.commands else ((),) * 9
+    principals, command_ids, fingerprints, command_types, targets, statuses, firsts, counts, seens = commands
+    cursor = await connection.execute(
+        SQL.append,
+        {
+            "ledger_id": batch.ledger_id,
+            "seen": batch.seen,
+            "recorded_at": batch.recorded_at,
+            "event_count": len(batch.events),
+            "streams": uuids(streams),
+            "versions": bigints(versions),
+            "types": texts(types),
+            "entries": byteas(entries),
+            "leaves": byteas(leaves),
+            "principals": texts(principals),
+            "command_ids": texts(command_ids),
+            "fingerprints": byteas(fingerprints),
+            "command_types": texts(command_types),
+            "targets": uuids(targets),
+            "statuses": smallints(statuses),
+            "firsts": bigints(firsts),
+            "counts": bigints(counts),
+            "seens": bigints(seens),
+        },
+        prepare=True,
+        binary=True,
+    )
+    row = await cursor.fetchone()
+    return row is not None and row[0] == 1
+
+
+async def _append_open_items(connection: Connection, batch: Append) -> None:
+    if batch.opened:
+        items, types, sessions, roots = zip(*batch.opened.values(), strict=True)
+        rows = {
+            "item_ids": uuids(items),
+            "item_types": texts(types),
+            "sessions": uuids(sessions),
+            "roots": uuids(roots),
+        }
+        await connection.execute(SQL.append_open_items, {"ledger_id": batch.ledger_id, **rows})
+    if batch.closed:
+        await connection.execute(SQL.close_open_items, {"ledger_id": batch.ledger_id, "item_ids": uuids(batch.closed)})
+
+
+async def read_streams(connection: Connection, ledger_id: UUID, stream_ids: Iterable[UUID]) -> list[Recorded]:
+    """All events of these streams, each stream in its order."""
+    rows = await _read(connection, SQL.read_streams, {"ledger_id": ledger_id, "stream_ids": uuids(stream_ids)})
+    return [row.decode() for row in rows]
+
+
+async def read_after(connection: Connection, ledger_id: UUID, after: int, limit: int) -> list[Stored]:
+    """Up to `limit` events in order, from position `after` + 1 on."""
+    return await _read(connection, SQL.read_after, {"ledger_id": ledger_id, "after": after, "limit": limit})
+
+
+async def read_positions(connection: Connection, ledger_id: UUID, positions: Iterable[int]) -> list[Stored]:
+    """The events at these positions, in order."""
+    return await _read(connection, SQL.read_positions, {"ledger_id": ledger_id, "positions": bigints(positions)})
+
+
+async def _read(connection: Connection, sql: Any, values: dict[str, Any]) -> list[Stored]:
+    cursor = await connection.execute(sql, values, prepare=True, binary=True)
+    return [Stored(*row) for row in await cursor.fetchall()]
+
+
+async def find_commands(
+    connection: Connection, ledger_id: UUID, keys: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], CommandRow]:
+    """The commands of these (principal, command id) that were answered before."""
+    if not keys:
+        return {}
+    principals, command_ids = zip(*keys, strict=True)
+    cursor = await connection.execute(
+        SQL.find_commands,
+        {"ledger_id": ledger_id, "principals": texts(principals), "command_ids": texts(command_ids)},
+        prepare=True,
+        binary=True,
+    )
+    rows = [CommandRow(*row) for row in await cursor.fetchall()]
+    return {(row.principal, row.command_id): row for row in rows}
+
+
+async def read_open_items(connection: Connection, ledger_id: UUID, roots: Iterable[UUID]) -> list[OpenItem]:
+    """What these root sessions have open below them."""
+    cursor = await connection.execute(SQL.open_items, {"ledger_id": ledger_id, "roots": uuids(roots)}, prepare=True)
+    return [OpenItem(*row) for row in await cursor.fetchall()]
