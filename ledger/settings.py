@@ -125,9 +125,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         audience = read.text("OIDC_AUDIENCE")
         if (issuer is None) != (audience is None):
             there, missing = (
-                ("OIDC_AUDIENCE", "OIDC_ISSUER_URL")
-                if issuer is None
-                else ("OIDC_ISSUER_URL", "OIDC_AUDIENCE")
+                ("OIDC_AUDIENCE", "OIDC_ISSUER_URL") if issuer is None else ("OIDC_ISSUER_URL", "OIDC_AUDIENCE")
             )
             read.problems.append(f"{there} is set without {missing}: set both, or neither")
         same_in_development = database_url if mode == "development" else None
@@ -138,8 +136,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             deployment=read.text("MUNIMENT_DEPLOYMENT", _check_deployment),
             database_url=database_url,
             database_direct_url=direct_url or database_url,
-            migrate_database_url=migrate_url
-            or (EMBEDDED if database_url == EMBEDDED else same_in_development),
+            migrate_database_url=migrate_url or (EMBEDDED if database_url == EMBEDDED else same_in_development),
             redis_url=read.secret("REDIS_URL", _check_redis),
             idempotency_enabled=read.boolean("IDEMPOTENCY_ENABLED", True),
             idempotency_ttl_seconds=read.integer("IDEMPOTENCY_TTL_SECONDS", 86_400, 1, 31_622_400),
@@ -202,9 +199,7 @@ class _Environment:
                 value = Path(file_name).read_text("utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-                self.problems.append(
-                    f"{name}_FILE is {file_name!r}, which cannot be read: {reason}"
-                )
+                self.problems.append(f"{name}_FILE is {file_name!r}, which cannot be read: {reason}")
                 return None
             if not value:
                 self.problems.append(f"{name}_FILE is {file_name!r}, which is empty")
@@ -219,9 +214,7 @@ class _Environment:
         return self.text(name, lambda value: None if value in allowed else either)
 
     def boolean(self, name: str, default: bool) -> bool:
-        value = self.text(
-            name, lambda value: None if value.lower() in _BOOLEANS else "allowed are true and false"
-        )
+        value = self.text(name, lambda value: None if value.lower() in _BOOLEANS else "allowed are true and false")
         return default if value is None else _BOOLEANS[value.lower()]
 
     def integer(self, name: str, default: int, least: int, most: int) -> int:
@@ -248,14 +241,10 @@ class _Environment:
 
 
 def _default_home(environ: Mapping[str, str]) -> Path:
-    # An account other than root must be able to enter it (PostgreSQL refuses to run as root), and
-    # root's own directory is closed to all others: for root, the place of a system's services.
-    if os.geteuid() == 0:
-        return Path("/var/lib/muniment")
     data_home = environ.get("XDG_DATA_HOME", "")
     if data_home.startswith("/"):
         return Path(data_home) / "muniment"
-    return Path.home() / ".local" / "share" / "muniment"
+    return Path(environ.get("HOME") or Path.home()) / ".local" / "share" / "muniment"
 
 
 def _check_connection(value: str) -> str | None:
@@ -280,12 +269,7 @@ def _check_redis(value: str) -> str | None:
 
 def _check_issuer(value: str) -> str | None:
     parts = urlsplit(value)
-    if (
-        parts.scheme in ("https", "http")
-        and parts.netloc
-        and not parts.query
-        and not parts.fragment
-    ):
+    if parts.scheme in ("https", "http") and parts.netloc and not parts.query and not parts.fragment:
         return None
     return "an https:// address without query or fragment is allowed"
 

@@ -1,0 +1,181 @@
+"""Migrations: plain SQL files applied in order, once, and never edited after.
+
+Invariant: the database's schema is exactly the sum of the files it lists, each with the digest it had when
+it was applied. One transaction a file: a kill leaves a file wholly applied or not at all. Every migrator
+of a database waits for the one before it. No table of Muniment's may be known here but its own two.
+
+A file that begins with `-- no-transaction` holds one statement that PostgreSQL refuses inside a transaction
+(CREATE INDEX CONCURRENTLY). It may be run again after a kill, so it must bear that (IF NOT EXISTS).
+"""
+
+import asyncio
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection
+
+from ledger.embedded import EmbeddedServer
+
+NO_TRANSACTION = "-- no-transaction\n"
+DEFAULT_DEPLOYMENT = "localhost"
+_NAME = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
+# Any number, the same in every version: whoever migrates this database holds it.
+_ADVISORY_LOCK = 7_160_110_231_942_021
+# A migration that has to wait for a long query makes every query after it wait too: better to give up.
+_LOCK_TIMEOUT = "5s"
+
+_OWN_TABLES = """
+CREATE SCHEMA IF NOT EXISTS muniment;
+CREATE TABLE IF NOT EXISTS muniment.migrations (
+    name text PRIMARY KEY,
+    sha256 bytea NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE IF NOT EXISTS muniment.deployment (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    name text NOT NULL
+);
+GRANT USAGE ON SCHEMA muniment TO public;
+GRANT SELECT ON muniment.migrations, muniment.deployment TO public;
+"""
+
+
+class MigrationError(Exception):
+    """The database cannot be brought to this version; the message says why and what to do."""
+
+
+def shipped() -> dict[str, str]:
+    """The migrations of this version: file name to SQL, in the order they are applied."""
+    found = {
+        entry.name: entry.read_text("utf-8").replace("\r\n", "\n")
+        for entry in files("migrations").iterdir()
+        if entry.name.endswith(".sql") and entry.name != "schema.sql"
+    }
+    for number, name in enumerate(sorted(found), start=1):
+        match = _NAME.fullmatch(name)
+        if not match or int(match[1]) != number:
+            raise MigrationError(f"migrations/{name} should be called {number:04}_<what_it_does>.sql")
+    return dict(sorted(found.items()))
+
+
+async def migrate(url: str, deployment: str | None = None, migrations: Mapping[str, str] | None = None) -> list[str]:
+    """Bring the database at `url` to this version, as its owner; answers the names of the files applied.
+
+    `deployment` is stored by the first call (None: `DEFAULT_DEPLOYMENT`); later calls must agree with it or
+    give None. Raises `MigrationError` if they do not, if a file that was applied has been edited or is gone,
+    if a file fails, or if the database cannot be reached; files before the failing one stay applied.
+    """
+    wanted = shipped() if migrations is None else migrations
+    try:
+        connection = await AsyncConnection.connect(url, autocommit=True, connect_timeout=10)
+    except psycopg.OperationalError as error:
+        raise MigrationError(f"The database cannot be reached: {error}") from error
+    async with connection:
+        # A lock of the connection, so that it spans the transactions; it goes when the connection goes.
+        await connection.execute("SELECT pg_advisory_lock(%s)", [_ADVISORY_LOCK])
+        await connection.execute("SET client_min_messages = warning")
+        try:
+            await connection.execute(_OWN_TABLES)
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise MigrationError(
+                f"{connection.info.user!r} may not migrate this database ({error.diag.message_primary}): "
+                f"MIGRATE_DATABASE_URL must name its owner"
+            ) from error
+        await _settle_deployment(connection, deployment)
+        pending = await _pending(connection, wanted)
+        await connection.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
+        for name in pending:
+            await _apply(connection, name, wanted[name])
+    return pending
+
+
+async def _settle_deployment(connection: AsyncConnection[Any], deployment: str | None) -> None:
+    await connection.execute(
+        "INSERT INTO muniment.deployment (name) VALUES (%s) ON CONFLICT DO NOTHING",
+        [deployment or DEFAULT_DEPLOYMENT],
+    )
+    row = await (await connection.execute("SELECT name FROM muniment.deployment")).fetchone()
+    if deployment and row and row[0] != deployment:
+        raise MigrationError(
+            f"This database belongs to the deployment {row[0]!r} and MUNIMENT_DEPLOYMENT is {deployment!r}: "
+            f"set it to {row[0]!r}, or use another database. The name is part of every log's origin and never changes"
+        )
+
+
+async def _pending(connection: AsyncConnection[Any], wanted: Mapping[str, str]) -> list[str]:
+    rows = await (await connection.execute("SELECT name, sha256 FROM muniment.migrations ORDER BY name")).fetchall()
+    for name, digest in rows:
+        if name not in wanted:
+            raise MigrationError(
+                f"The database has {name}, which this version of Muniment does not: it was migrated by a newer "
+                f"version. Run that version or a later one"
+            )
+        if digest != _digest(wanted[name]):
+            raise MigrationError(
+                f"{name} was edited after it was applied to this database: restore the file, and put the change "
+                f"into a new migration"
+            )
+    applied = {name for name, _ in rows}
+    pending = [name for name in wanted if name not in applied]
+    if applied and pending and pending[0] < max(applied):
+        raise MigrationError(f"{pending[0]} comes before {max(applied)}, which is applied: give it a later number")
+    return pending
+
+
+async def _apply(connection: AsyncConnection[Any], name: str, text: str) -> None:
+    record = "INSERT INTO muniment.migrations (name, sha256) VALUES (%s, %s)"
+    try:
+        if text.startswith(NO_TRANSACTION):
+            await connection.execute(text.encode())
+            # Killed here, the file runs again: see above.
+            await connection.execute(record, [name, _digest(text)])
+        else:
+            async with connection.transaction():
+                await connection.execute(text.encode())
+                await connection.execute(record, [name, _digest(text)])
+    except psycopg.errors.LockNotAvailable as error:
+        raise MigrationError(
+            f"{name} waited {_LOCK_TIMEOUT} for a lock that a long-running query holds, and gave up so that "
+            f"others need not wait behind it. Nothing of it was applied: try again"
+        ) from error
+    except psycopg.Error as error:
+        raise MigrationError(f"{name} failed, and nothing of it was applied: {error}") from error
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def schema(server: EmbeddedServer, database: str) -> str:
+    """The whole schema of `database` as `migrations/schema.sql` shows it: for reading, never applied."""
+    dump = subprocess.run(
+        [server.programs.bin / "pg_dump", "--schema-only", "--no-owner", server.url(database=database)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    # What differs from one machine or minor version to the next says nothing about the schema.
+    noise = re.compile(r"--|SET |SELECT pg_catalog\.set_config|\\(un)?restrict ")
+    lines = [line for line in dump.splitlines() if not noise.match(line)]
+    body = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+    return (
+        f"-- The sum of the migrations, written by `make schema` with PostgreSQL {server.programs.major}.\n\n{body}\n"
+    )
+
+
+def _write_schema() -> None:
+    with tempfile.TemporaryDirectory() as home, EmbeddedServer(Path(home), durable=False) as server:
+        asyncio.run(migrate(server.url()))
+        sys.stdout.write(schema(server, "muniment"))
+
+
+if __name__ == "__main__":
+    _write_schema()
