@@ -1,0 +1,393 @@
+"""Personal values: sealed before the first event is written, unsealed for readers who may see them.
+
+Owns every data key: in the database, one or more a subject, wrapped by the project's key. Invariants:
+nothing is sealed or fingerprinted under a key that is not the one the project began with; a sealed
+value opens only at the place it was sealed for; `seal` and `fingerprint` never do I/O. Who may read
+what is decided elsewhere. Sealing does not hide which values have the same subject, nor how long each
+is (there is no padding).
+"""
+
+import asyncio
+import binascii
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import UUID
+from weakref import WeakValueDictionary
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from msgspec import Meta, Struct, field
+
+from ledger.errors import MalformedRequest
+from ledger.postgres import Pool, queries, store_errors
+from ledger.project_key import NONCE_BYTES, ProjectKey, UnusableKey, create_key_file, read_key_file
+
+SQL = queries("ledger", "vault")
+
+PERSONAL, SEALED, ERASED = "$personal", "$sealed", "$erased"
+SUBJECT_CHARACTERS_MAX = 255
+DEPTH_MAX = 100
+ERRORS_MAX = 20
+
+Held = tuple[object, ...]
+"""Opaque. While the caller keeps it, the keys it stands for stay in memory."""
+
+
+class BrokenSeal(Exception):
+    """A sealed value was altered or moved: it does not open at the place where it was found."""
+
+
+class Place(Struct, frozen=True):
+    """Where a value stands: `path` is the JSON pointer (RFC 6901) to it from the entry's root."""
+
+    project_id: str
+    stream_id: UUID
+    stream_version: int
+    event_id: UUID
+    path: str
+
+    def encoded(self) -> bytes:
+        """The associated data up to the path, which follows. Frozen: a change closes every box.
+
+        Unambiguous: fixed widths first, then the project, which never holds the NUL that ends it.
+        """
+        return b"muniment sealed value 1\0%b%b%b%b\0" % (
+            self.stream_id.bytes,
+            self.event_id.bytes,
+            self.stream_version.to_bytes(8, "big"),
+            self.project_id.encode(),
+        )
+
+
+# The two forms of a marked value, and finding them
+
+
+class _PersonalValue(Struct, forbid_unknown_fields=True):
+    subject: Annotated[str, Meta(min_length=1, max_length=SUBJECT_CHARACTERS_MAX)]
+    value: Any
+
+
+class _Personal(Struct, forbid_unknown_fields=True):
+    inner: _PersonalValue = field(name=PERSONAL)
+
+
+class _Box(Struct, forbid_unknown_fields=True):
+    subject: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+    key: int
+    nonce: str
+    box: str
+
+
+class _Sealed(Struct, forbid_unknown_fields=True):
+    inner: _Box = field(name=SEALED)
+
+
+def subjects(value: Any) -> set[str]:
+    """The subjects of the personal values inside `value`, which `check` has passed."""
+    return {marked[PERSONAL]["subject"] for marked, _ in _marked(value, PERSONAL, "")}
+
+
+def check(value: Any, pointer: str) -> None:
+    """Refuse malformed personal values inside `value` (decoded JSON), which stands at `pointer`.
+
+    Raises MalformedRequest naming the first 20 things wrong. Also refused: the names `$sealed` and
+    `$erased`, which are ours, and more than 100 levels of nesting.
+    """
+    wrong = list(islice(_faults(value, pointer, 0, within=False), ERRORS_MAX))
+    if wrong:
+        raise MalformedRequest(errors=[{"pointer": at, "detail": detail} for at, detail in wrong])
+
+
+def _faults(value: Any, at: str, depth: int, *, within: bool) -> Iterator[tuple[str, str]]:
+    if depth > DEPTH_MAX:
+        yield at, f"nested more than {DEPTH_MAX} levels deep, too deep beside a personal value"
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _faults(item, f"{at}/{index}", depth + 1, within=within)
+    elif isinstance(value, dict) and PERSONAL in value:
+        if within:
+            yield at, "a $personal value cannot stand inside another; mark the parts side by side"
+        elif len(value) > 1:
+            yield at, "$personal must be the only name in its object; move the others out of it"
+        else:
+            yield from _inner_faults(value[PERSONAL], f"{at}/{PERSONAL}", depth + 1)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name in (SEALED, ERASED):
+                yield f"{at}/{name}", f"the name {name} is reserved; choose another"
+            else:
+                yield from _faults(item, f"{at}/{_step(name)}", depth + 1, within=within)
+
+
+def _inner_faults(inner: Any, at: str, depth: int) -> Iterator[tuple[str, str]]:
+    if not isinstance(inner, dict) or inner.keys() != {"subject", "value"}:
+        yield at, 'it must be exactly {"subject": "<your subject id>", "value": <any JSON>}'
+        return
+    subject = inner["subject"]
+    if not isinstance(subject, str) or not 1 <= len(subject) <= SUBJECT_CHARACTERS_MAX:
+        yield f"{at}/subject", f"it must be a string of 1 to {SUBJECT_CHARACTERS_MAX} characters"
+    yield from _faults(inner["value"], f"{at}/value", depth + 1, within=True)
+
+
+def _marked(value: Any, mark: str, at: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every object inside `value` that has the name `mark`, and the pointer to it."""
+    if isinstance(value, dict):
+        if mark in value:
+            yield value, at
+        else:
+            for name, item in value.items():
+                yield from _marked(item, mark, f"{at}/{_step(name)}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _marked(item, mark, f"{at}/{index}")
+
+
+def _replace(value: Any, mark: str, at: str, change: Callable[[dict[str, Any], str], Any]) -> Any:
+    """A copy of `value` in which `change` has replaced every object that has the name `mark`."""
+    if isinstance(value, dict):
+        if mark in value:
+            return change(value, at)
+        return {
+            name: _replace(item, mark, f"{at}/{_step(name)}", change) if isinstance(item, dict | list) else item
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_replace(item, mark, f"{at}/{i}", change) for i, item in enumerate(value)]
+    return value
+
+
+def _step(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+# The keys
+
+
+class _Ring(Struct, weakref=True, eq=False):
+    """The data keys of one subject by number, None where destroyed.
+
+    `current` is the number of the newest that is there, for new values; 0 if there is none.
+    """
+
+    keys: dict[int, AESGCM | None]
+    current: int = 0
+
+
+class Vault:
+    """Seals, unseals and fingerprints for every project whose key file is in `keys_dir`.
+
+    `create_keys`: may make the key file of a project that never had one. The keys of the last
+    `subjects_max` subjects stay in memory; destroying one in the database does not reach them there.
+    Every method may raise UnusableKey, and those that wait StoreUnavailable.
+    """
+
+    def __init__(self, keys_dir: Path, pool: Pool, *, create_keys: bool, subjects_max: int = 10_000) -> None:
+        self._keys_dir = keys_dir
+        self._pool = pool
+        self._create_keys = create_keys
+        self._subjects_max = subjects_max
+        self._projects: dict[str, ProjectKey] = {}
+        self._recent: OrderedDict[tuple[str, str], _Ring] = OrderedDict()
+        self._rings: WeakValueDictionary[tuple[str, str], _Ring] = WeakValueDictionary()
+
+    async def open(self, project_id: str) -> None:
+        """Load the project's key and prove that it is the one the project began with.
+
+        Costs nothing after the first time. The other methods that wait do it by themselves.
+        """
+        if project_id in self._projects:
+            return
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{1,62}", project_id):
+            raise ValueError(f"{project_id!r} is no project id, so it names no key file")
+        path = self._keys_dir / f"{project_id}.key"
+        known = await self._query(SQL.find_project_key, project_id)
+        secret = await asyncio.to_thread(read_key_file, path)
+        if secret is None:
+            secret = await self._create(path, project_id, known=bool(known))
+        key = ProjectKey(project_id, secret)
+        if not known:
+            # Dying before this leaves a key file that nothing depends on yet; the next start takes it.
+            await self._query(SQL.claim_project_key, project_id, key_id=key.key_id)
+            known = await self._query(SQL.find_project_key, project_id)
+        if known != [(key.key_id,)]:
+            raise UnusableKey(
+                f"The key file {path} is not the key that project {project_id} began with; nothing "
+                "was done with it. Put the original there, from a backup or another node."
+            )
+        self._projects[project_id] = key
+
+    async def _create(self, path: Path, project_id: str, *, known: bool) -> bytes:
+        if known:
+            raise UnusableKey(
+                f"The key file {path} is missing, and project {project_id} has begun with it. Put "
+                "the original there, from a backup or another node: no other opens what it sealed."
+            )
+        if not self._create_keys:
+            raise UnusableKey(
+                f"Project {project_id} has no key file {path}. Make one with `muniment project "
+                f"create {project_id}`, or put there the one that other nodes have."
+            )
+        return await asyncio.to_thread(create_key_file, path)
+
+    def fingerprint(self, project_id: str, canonical: bytes) -> bytes:
+        """HMAC-SHA-256 of a command's canonical bytes: 32 bytes. The project must be open."""
+        return self._opened(project_id).fingerprint(canonical)
+
+    async def prepare(self, project_id: str, subjects: Iterable[str]) -> Held:
+        """Have a data key of each subject in memory, creating what is missing; no I/O if all are.
+
+        Keep what it returns until `seal` is done: while it lives, these keys are not forgotten,
+        however many other subjects come in between.
+        """
+        await self.open(project_id)
+        project = self._projects[project_id]
+        rings = self._remembered(project_id, {project.pseudonym(subject) for subject in subjects})
+        missing = [name for name, ring in rings.items() if not ring.current]
+        if missing:
+            rings |= await self._find(project, missing)
+            lacking = [name for name in missing if not rings[name].current]
+            if lacking:
+                numbers = [max(rings[name].keys, default=0) + 1 for name in lacking]
+                wrapped = [project.new_wrapped(*new) for new in zip(lacking, numbers, strict=True)]
+                await self._query(SQL.create_data_keys, project_id, subjects=lacking, numbers=numbers, wrapped=wrapped)
+                # Committed, so values may be sealed under them. Dying here leaves keys without values.
+                rings |= await self._find(project, lacking)
+        return tuple(rings.values())
+
+    def seal(self, project_id: str, value: Any, where: Place) -> Any:
+        """A copy of `value` with its personal values sealed; its subjects must be prepared.
+
+        `value` is decoded JSON that `check` has passed and stands at `where`. AES-256-GCM with a
+        random 96-bit nonce (NIST SP 800-38D s8.3: up to 2^32 values a key).
+        """
+        project, place = self._at(project_id, where)
+
+        def sealed(marked: dict[str, Any], at: str) -> dict[str, Any]:
+            personal = msgspec.convert(marked, _Personal).inner
+            pseudonym = project.pseudonym(personal.subject)
+            ring = self._rings.get((project_id, pseudonym))
+            key = ring.keys.get(ring.current) if ring else None
+            if ring is None or key is None:
+                raise UnusableKey(f"Subject {pseudonym} of project {project_id} is not prepared.")
+            nonce = os.urandom(NONCE_BYTES)
+            box = key.encrypt(nonce, msgspec.json.encode(personal.value), place + at.encode())
+            inner = {"subject": pseudonym, "key": ring.current, "nonce": _base64(nonce), "box": _base64(box)}
+            return {SEALED: inner}
+
+        return _replace(value, PERSONAL, where.path, sealed)
+
+    async def unseal(self, project_id: str, value: Any, where: Place) -> Any:
+        """`unseal_all` for one value."""
+        return (await self.unseal_all(project_id, [(value, where)]))[0]
+
+    async def unseal_all(self, project_id: str, values: Sequence[tuple[Any, Place]]) -> list[Any]:
+        """Copies of the values, each standing at its place, with what was sealed readable again.
+
+        A value whose key was destroyed, or is not in this database, reads `{"$erased": true}`. One
+        query at most, for all keys not in memory. Raises BrokenSeal if one was altered or moved.
+        """
+        await self.open(project_id)
+        boxes = [
+            _box(marked, where, at) for value, where in values for marked, at in _marked(value, SEALED, where.path)
+        ]
+        rings = self._remembered(project_id, {box.subject for box in boxes})
+        missing = {box.subject for box in boxes if box.key not in rings[box.subject].keys}
+        if missing:
+            rings |= await self._find(self._projects[project_id], missing)
+        return [self._unsealed(project_id, value, where, rings) for value, where in values]
+
+    def _unsealed(self, project_id: str, value: Any, where: Place, rings: dict[str, _Ring]) -> Any:
+        _, place = self._at(project_id, where)
+
+        def opened(marked: dict[str, Any], at: str) -> Any:
+            box = _box(marked, where, at)
+            key = rings[box.subject].keys.get(box.key)
+            if key is None:
+                return {ERASED: True}
+            try:
+                plain = key.decrypt(_bytes(box.nonce), _bytes(box.box), place + at.encode())
+            except (InvalidTag, ValueError):
+                raise _broken(where, at) from None
+            return msgspec.json.decode(plain)
+
+        return _replace(value, SEALED, where.path, opened)
+
+    def _opened(self, project_id: str) -> ProjectKey:
+        key = self._projects.get(project_id)
+        if key is None:
+            raise UnusableKey(f"Project {project_id} is not open in this vault: open() it first.")
+        return key
+
+    def _at(self, project_id: str, where: Place) -> tuple[ProjectKey, bytes]:
+        if where.project_id != project_id:
+            raise ValueError(f"a place in {where.project_id} is none in project {project_id}")
+        return self._opened(project_id), where.encoded()
+
+    def _remembered(self, project_id: str, names: Iterable[str]) -> dict[str, _Ring]:
+        """What is in memory of these subjects; an empty ring where nothing is."""
+        rings = {}
+        for name in names:
+            ring = self._rings.get((project_id, name))
+            rings[name] = ring or _Ring({})
+            if ring:
+                self._remember(project_id, name, ring)
+        return rings
+
+    def _remember(self, project_id: str, name: str, ring: _Ring) -> None:
+        self._rings[project_id, name] = self._recent[project_id, name] = ring
+        self._recent.move_to_end((project_id, name))
+        if len(self._recent) > self._subjects_max:
+            self._recent.popitem(last=False)
+
+    async def _find(self, project: ProjectKey, names: Iterable[str]) -> dict[str, _Ring]:
+        """What the database holds of these subjects, kept in memory from now on."""
+        rings = {name: _Ring({}) for name in names}
+        rows = await self._query(SQL.find_data_keys, project.project_id, subjects=list(rings))
+        for name, number, wrapped in rows:
+            ring = rings[name]
+            ring.keys[number] = None if wrapped is None else project.unwrap(name, number, wrapped)
+            if wrapped is not None:
+                ring.current = max(ring.current, number)
+        for name in {name for name, ring in rings.items() if ring.keys}:
+            self._remember(project.project_id, name, rings[name])
+        return rings
+
+    async def _query(self, sql: Any, project_id: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run one statement, committed on return."""
+        with store_errors():
+            async with self._pool.connection() as connection:
+                cursor = await connection.execute(sql, {"project_id": project_id, **values})
+                return await cursor.fetchall() if cursor.description else []
+
+
+def _box(marked: dict[str, Any], where: Place, at: str) -> _Box:
+    try:
+        return msgspec.convert(marked, _Sealed).inner
+    except msgspec.ValidationError:
+        raise _broken(where, at) from None
+
+
+def _broken(where: Place, at: str) -> BrokenSeal:
+    return BrokenSeal(
+        f"The sealed value at {at} of event {where.event_id} (project {where.project_id}, stream "
+        f"{where.stream_id}, version {where.stream_version}) does not open there: it was altered, "
+        "or moved from another place."
+    )
+
+
+def _base64(content: bytes) -> str:
+    return binascii.b2a_base64(content, newline=False).decode()
+
+
+def _bytes(text: str) -> bytes:
+    """The bytes behind `text`, which must be their one base64 form (RFC 4648 s3.5)."""
+    content = binascii.a2b_base64(text, strict_mode=True)
+    if _base64(content) != text:
+        raise ValueError("not canonical base64")
+    return content
