@@ -15,7 +15,7 @@ endif
 .PHONY: up test bench check format setup lock schema clean
 
 up: .venv/installed ## run Muniment here
-	@exec $(BIN)/muniment up
+	@MUNIMENT_MODE=$${MUNIMENT_MODE:-development} exec $(BIN)/muniment up
 
 test: setup check ## everything that must hold before a commit
 	$(BIN)/python -m pytest -n auto

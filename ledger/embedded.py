@@ -23,10 +23,12 @@ from types import TracebackType
 from urllib.parse import quote
 
 import psycopg
+from msgspec import structs
 from psycopg import sql
 from psycopg.pq import PGconn, Ping
 
 from ledger.programs import EmbeddedError, Programs, account_for, account_name, find_programs
+from ledger.settings import Settings
 
 OWNER = "muniment"
 """The superuser of the cluster, who runs the migrations; also the name of the database."""
@@ -378,3 +380,16 @@ def _process_namespace() -> str:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
+
+
+@contextmanager
+def running_database(settings: Settings, user: str) -> Iterator[Settings]:
+    """`settings` with real addresses: of the embedded server, as `user`, which runs for as long; else unchanged."""
+    if not settings.embedded:
+        yield settings
+        return
+    with EmbeddedServer(settings.home) as server:
+        url = server.url(user)
+        yield structs.replace(
+            settings, database_url=url, database_direct_url=url, migrate_database_url=server.url(OWNER)
+        )

@@ -52,6 +52,10 @@ class MigrationError(Exception):
     """The database cannot be brought to this version; the message says why and what to do."""
 
 
+class DatabaseUnreachable(MigrationError):
+    """No connection could be made; later it may be."""
+
+
 def shipped() -> dict[str, str]:
     """The migrations of this version: file name to SQL, in the order they are applied."""
     found = {
@@ -70,14 +74,14 @@ async def migrate(url: str, deployment: str | None = None, migrations: Mapping[s
     """Bring the database at `url` to this version, as its owner; answers the names of the files applied.
 
     `deployment` is stored by the first call (None: `DEFAULT_DEPLOYMENT`); later calls must agree with it or
-    give None. Raises `MigrationError` if they do not, if a file that was applied has been edited or is gone,
-    if a file fails, or if the database cannot be reached; files before the failing one stay applied.
+    give None. Raises `MigrationError` if they do not, if a file that was applied has been edited or is gone, if
+    a file fails; files before the failing one stay applied. `DatabaseUnreachable` if it cannot connect.
     """
     wanted = shipped() if migrations is None else migrations
     try:
         connection = await AsyncConnection.connect(url, autocommit=True, connect_timeout=10)
     except psycopg.OperationalError as error:
-        raise MigrationError(f"The database cannot be reached: {error}") from error
+        raise DatabaseUnreachable(f"The database cannot be reached: {error}") from error
     async with connection:
         # A lock of the connection, so that it spans the transactions; it goes when the connection goes.
         await connection.execute("SELECT pg_advisory_lock(%s)", [_ADVISORY_LOCK])

@@ -1,0 +1,130 @@
+"""The command `muniment`: what an operator types, and how each failure is said.
+
+Invariant: an error an operator can cause or mend ends in one clear message and a non-zero code, never in a
+traceback. What a command does is in the module it calls; nothing but wiring may be here.
+"""
+
+import os
+import signal
+import sys
+from importlib.metadata import version
+from types import FrameType
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from ledger.embedded import OWNER, running_database
+from ledger.programs import EmbeddedError
+from ledger.settings import InvalidSettings, Settings
+from ops.migrate import MigrationError, migrate
+from ops.up import UpError, end_with_supervisor, up
+
+_SETTINGS = """
+**Settings** are environment variables. Those of secrets (the URLs below) may instead be given as
+`…_FILE`, the name of a file that holds the value.
+
+| variable | meaning |
+|---|---|
+| MUNIMENT_MODE | `production` (default) or `development` (accepts development tokens) |
+| MUNIMENT_HOME | where data is kept; default `~/.local/share/muniment` |
+| MUNIMENT_KEYS_DIR | where key files are kept; default `keys` in MUNIMENT_HOME |
+| MUNIMENT_DEPLOYMENT | the name in every log's origin, fixed by the first migration; default `localhost` |
+| DATABASE_URL | PostgreSQL 15 or newer, or `embedded` (the default in development) |
+| DATABASE_DIRECT_URL | the same database without a transaction pooler; default DATABASE_URL |
+| MIGRATE_DATABASE_URL | the same database as its owner; default DATABASE_URL in development |
+| REDIS_URL | a Redis or Valkey that makes replays faster; default none |
+| IDEMPOTENCY_ENABLED, IDEMPOTENCY_TTL_SECONDS | the copy in Redis; default true and 86400 |
+| SESSION_RETENTION_DAYS | when an idle session expires; default 7 |
+| OIDC_ISSUER_URL, OIDC_AUDIENCE | whose access tokens are accepted, and for whom they must be |
+| OIDC_PROJECT_CLAIM, OIDC_ROLES_CLAIM, OIDC_KIND_CLAIM | default `project`, `roles`, `kind` |
+| HOST, PORT | where the API listens; default 127.0.0.1 and 8088 |
+"""
+
+app = App(
+    name="muniment",
+    version=version("muniment"),
+    help="Muniment: an event-sourced, tamper-evident audit ledger for AI agents.",
+    help_format="markdown",
+    help_epilogue=_SETTINGS,
+)
+
+Supervised = Annotated[bool, Parameter(show=False, negative=())]
+
+
+@app.command(name="up")
+async def _up() -> None:
+    """Run Muniment here: PostgreSQL unless DATABASE_URL is set, migrations, the API and a worker.
+
+    Prints where it listens and where its data is. Ctrl-C or SIGTERM stops all of it.
+    """
+    await up(_settings())
+
+
+@app.command(name="migrate")
+async def _migrate() -> None:
+    """Bring the database to this version; does nothing where it is there already.
+
+    Needs the rights of the database's owner: MIGRATE_DATABASE_URL. Run it before a new version starts.
+    """
+    with running_database(_settings(), OWNER) as settings:
+        if settings.migrate_database_url is None:
+            raise MigrationError("MIGRATE_DATABASE_URL is not set, and production needs it to migrate: name the owner")
+        applied = await migrate(settings.migrate_database_url, settings.deployment)
+    print("\n".join(f"migrated {name}" for name in applied) or "nothing to migrate")
+
+
+@app.command(name="api")
+def _api(*, supervised: Supervised = False) -> None:
+    """Run one API process, on HOST:PORT. Any number may run on one database.
+
+    The database must have been migrated.
+    """
+    from ops.serve import serve
+
+    if supervised:
+        end_with_supervisor()
+    with running_database(_settings(), "muniment_api") as settings:
+        if settings.database_url != os.environ.get("DATABASE_URL"):
+            os.environ["DATABASE_URL"] = settings.database_url
+            os.environ.pop("DATABASE_URL_FILE", None)
+        serve(settings)
+
+
+@app.command(name="worker")
+async def _worker(*, supervised: Supervised = False) -> None:
+    """Run one worker process: it builds the views and expires what is due. Any number may run.
+
+    They agree among themselves who does what; when one dies another takes over. The database must have
+    been migrated.
+    """
+    from ops.worker import run
+
+    if supervised:
+        end_with_supervisor()
+    with running_database(_settings(), "muniment_worker") as settings:
+        await run(settings)
+
+
+def _settings() -> Settings:
+    return Settings.from_environment(os.environ)
+
+
+def _end(number: int, frame: FrameType | None) -> Any:
+    sys.exit(128 + number)  # an exception, so that what was started is stopped on the way out
+
+
+def main() -> None:
+    """The entry point: run the command in `sys.argv`."""
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        app()
+    except InvalidSettings as error:
+        sys.exit(f"Muniment cannot run with these settings:\n{error}")
+    except (EmbeddedError, MigrationError, UpError) as error:
+        sys.exit(f"muniment: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

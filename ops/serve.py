@@ -1,0 +1,57 @@
+"""One API process: granian around `api.app:create_app`, which reads the environment itself.
+
+Invariant: no process outlives its purpose. granian answers requests in a process of its own, which ends
+when granian's main process is gone, also if that was killed.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from granian.constants import Interfaces
+from granian.log import LogLevels
+from granian.server import Server
+
+from ledger.settings import Settings
+
+STOP_SECONDS = 10
+"""How long requests in flight may take to end after SIGTERM."""
+
+
+def serve(settings: Settings) -> None:
+    """Answer HTTP on `settings.host`:`settings.port` until SIGTERM or SIGINT."""
+    # Not fork: by then this process has threads, whose locks a fork copies as they are.
+    multiprocessing.set_start_method("spawn", force=True)
+    Server(
+        "ops.serve:application",
+        factory=True,
+        address=settings.host,
+        port=settings.port,
+        interface=Interfaces.ASGI,
+        workers=1,
+        workers_kill_timeout=STOP_SECONDS,
+        websockets=False,
+        log_level=LogLevels.warning,
+    ).serve()
+
+
+def application() -> Any:
+    """The application, in the process that granian made for it."""
+    from api.app import create_app
+
+    if parent := multiprocessing.parent_process():
+        end_after(parent.join)
+    return create_app()
+
+
+def end_after(other_ended: Callable[[], object]) -> None:
+    """End this process in good order once `other_ended`, which waits for another one, returns."""
+
+    def wait() -> None:
+        other_ended()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="end-after", daemon=True).start()
