@@ -212,6 +212,14 @@ async def _read(connection: Connection, sql: Any, values: dict[str, Any]) -> lis
     return [Stored(*row) for row in await cursor.fetchall()]
 
 
+async def changed_streams(connection: Connection, ledger_id: UUID, after: int) -> list[UUID]:
+    """The streams that have events after a position."""
+    cursor = await connection.execute(
+        SQL.changed_streams, {"ledger_id": ledger_id, "after": after}, prepare=True, binary=True
+    )
+    return [row[0] for row in await cursor.fetchall()]
+
+
 async def find_commands(
     connection: Connection, ledger_id: UUID, keys: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], CommandRow]:

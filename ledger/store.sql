@@ -79,6 +79,10 @@ WHERE e.ledger_id = %(ledger_id)s AND e.position > %(after)s
 ORDER BY e.position
 LIMIT %(limit)s
 
+-- name: changed_streams
+-- The streams that have events after a position.
+SELECT DISTINCT stream_id FROM ledger.events WHERE ledger_id = %(ledger_id)s AND position > %(after)s
+
 -- name: read_positions
 -- The events at these positions.
 SELECT e.position, e.type, e.entry, p.data
@@ -96,5 +100,5 @@ JOIN ledger.commands AS c
 
 -- name: announce
 -- Tell whoever listens that ledgers grew. Sent on its own and seldom: a NOTIFY inside the append would put
--- every commit of the server in one queue.
-SELECT pg_notify('ledger', %(ledger_ids)s)
+-- every commit of the server in one queue. It need not be durable.
+SELECT set_config('synchronous_commit', 'off', true), pg_notify('ledger', %(ledger_ids)s)

@@ -1,0 +1,431 @@
+"""One batch: commands decided in order on what this process knows, and the rows that would record them.
+
+Pure computation: no I/O, and the only time is the batch's own `recorded_at`. Nothing decided here is true
+until the store has appended it, so a batch that misses is thrown away and decided again; ids are minted
+with the command, and come out the same. A command sees the effects of those before it.
+"""
+
+from asyncio import Future
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timedelta
+from types import ModuleType
+from typing import Any, Protocol
+from uuid import UUID, uuid5
+
+import msgspec
+from msgspec import UNSET, Struct, field
+from msgspec.structs import replace
+from uuid_utils.compat import uuid7
+
+from ledger import record, session
+from ledger.commands import Command, ExpireSession, Receipt
+from ledger.errors import (
+    AlreadyExists,
+    Forbidden,
+    MalformedRequest,
+    MunimentError,
+    NotFound,
+    PreconditionFailed,
+    RateLimited,
+)
+from ledger.events import SYSTEM, Actor, CommandRefused, Event, Fact, Stamp, canonical, encode, leaf_hash, stamp
+from ledger.queue import closes, opened
+from ledger.reactions import REACTIONS
+from ledger.store import Append, CommandRow, EventRow, OpenItem
+from ledger.vault import Held, Place, Vault
+
+RULES: dict[str, tuple[ModuleType, type[Any]]] = {
+    "session": (session, session.Session),
+    "record": (record, record.RecordedFact),
+}
+"""By stream type: the module with `decide` and `evolve`, and the state they work on."""
+
+REFUSALS_PER_MINUTE_MAX = 60
+"""Recorded refusals of one principal a minute, so that nobody fills a ledger with noise."""
+
+CLAIM_AHEAD_SECONDS = 5
+"""How far ahead of the ledger's clock a caller's `occurred_at` may be."""
+
+
+Verdict = Receipt | MunimentError
+"""What became of a command: its receipt, or the error that left no trace."""
+
+
+class Pending(Struct, kw_only=True, eq=False):
+    """A command on its way: what was asked, by whom, under which id, and who waits for the answer."""
+
+    command: Command
+    actor: Actor
+    principal: str
+    command_id: str
+    target: UUID
+    canonical: bytes
+    fingerprint: bytes
+    expected_version: int | None = None
+    traceparent: str | None = None
+    causation_id: UUID | None = None
+    correlation_id: str | None = None
+    answers: list[Future[Verdict]] = field(default_factory=list)
+    minted: list[UUID] = field(default_factory=list)
+    data_keys: Held | None = None
+    outcome_unknown: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.principal, self.command_id
+
+    @property
+    def waiting(self) -> bool:
+        return any(not answer.done() for answer in self.answers)
+
+    def resolve(self, verdict: Verdict) -> None:
+        """Answer all who wait: the first, and the duplicates that latched onto it."""
+        for answer in self.answers:
+            if not answer.done():
+                answer.set_result(verdict)
+            if isinstance(verdict, Receipt) and not verdict.replayed:
+                verdict = replace(verdict, replayed=True)
+
+    def fail(self, error: Exception) -> None:
+        """A fault of ours: it is for the log and a 500, not for the caller to mend."""
+        for answer in self.answers:
+            if not answer.done():
+                answer.set_exception(error)
+
+    def event_id(self, index: int) -> UUID:
+        """The id of this command's event number `index`: the same each time it is decided."""
+        while len(self.minted) <= index:
+            self.minted.append(uuid7())
+        return self.minted[index]
+
+
+class NotLoaded(Exception):
+    """A decision needs a stream, or a root session's open items, that this process has not read yet."""
+
+    def __init__(self, *, stream: UUID | None = None, root: UUID | None = None) -> None:
+        self.stream, self.root = stream, root
+
+
+class Known(Protocol):
+    """What this process knows of a ledger, true at `size`."""
+
+    project_id: str
+    ledger_id: UUID
+    size: int
+
+    @property
+    def streams(self) -> Mapping[UUID, Any]:
+        """States by stream; None where there is no such stream; absent where that is not known."""
+        ...
+
+    @property
+    def items(self) -> Mapping[UUID, Mapping[UUID, OpenItem]]:
+        """What is open under each root session that was read."""
+        ...
+
+
+def expiry_command_id(command: ExpireSession) -> str:
+    """Made from stream and deadline, so that any number of sweepers do it once."""
+    return str(uuid5(command.session_id, f"expire {command.deadline}"))
+
+
+class Batch:
+    """Commands decided together. It is the `World` that their rules see."""
+
+    def __init__(
+        self,
+        known: Known,
+        recorded_at: datetime,
+        vault: Vault,
+        *,
+        session_retention_days: int,
+        refusals_left: Callable[[str], int],
+        absent: Iterable[UUID] = (),
+    ) -> None:
+        self._known = known
+        self._refusals_left = refusals_left
+        self._vault = vault
+        self._retention = timedelta(days=session_retention_days)
+        self._recorded_at = recorded_at
+        self.now: Stamp = stamp(recorded_at)
+        self._idle_deadline: Stamp | None = None
+        self.size = known.size
+        self.append = Append(ledger_id=known.ledger_id, seen=known.size, recorded_at=recorded_at)
+        self.streams: dict[UUID, Any] = dict.fromkeys(absent)
+        self.items: dict[UUID, dict[UUID, OpenItem]] = {}
+        self.receipts: dict[tuple[str, str], Receipt] = {}
+        self.refused: Counter[str] = Counter()
+
+    # The world of a rule
+
+    @property
+    def idle_deadline(self) -> Stamp:
+        if self._idle_deadline is None:
+            self._idle_deadline = stamp(self._recorded_at + self._retention)
+        return self._idle_deadline
+
+    def stream(self, stream_id: UUID) -> Any:
+        if stream_id in self.streams:
+            return self.streams[stream_id]
+        try:
+            return self._known.streams[stream_id]
+        except KeyError:
+            raise NotLoaded(stream=stream_id) from None
+
+    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
+        if root_session_id in self.items:
+            return self.items[root_session_id]
+        try:
+            return self._known.items[root_session_id]
+        except KeyError:
+            raise NotLoaded(root=root_session_id) from None
+
+    # Deciding
+
+    def decide(self, pending: Pending) -> Verdict:
+        """What becomes of one command, after all that were decided before it in this batch.
+
+        A recorded refusal is a Receipt; one that leaves no trace is returned as its error. Raises NotLoaded.
+        """
+        earlier = self.receipts.get(pending.key)
+        if earlier is not None:
+            return replace(earlier, replayed=True)
+        command = pending.command
+        for stream_id in (pending.target, *command.reads):
+            self._expire(stream_id)
+        try:
+            state = self._admit(pending)
+            facts = RULES[command.stream_type][0].decide(state, command, self)
+        except MunimentError as refusal:
+            return self._refuse(pending, refusal) if refusal.recorded else refusal
+        return self._effect(pending, facts)
+
+    def _expire(self, stream_id: UUID) -> None:
+        """Due expiry comes first, also when the command is then refused: it never waits for the sweeper."""
+        state = self.stream(stream_id)
+        if not isinstance(state, session.Session):
+            return
+        expiry = session.due(state, self.now)
+        if expiry is not None:
+            pending = self._system(expiry, expiry_command_id(expiry))
+            self._effect(pending, session.decide(state, expiry, self))
+
+    def _admit(self, pending: Pending) -> Any:
+        """The target's state, for a command that this actor may give on what is really there."""
+        command, actor = pending.command, pending.actor
+        if actor is not SYSTEM and not any(role in actor.roles for role in command.roles):
+            raise Forbidden(action=type(command).__name__, needed=list(command.roles), roles=list(actor.roles))
+        claimed = command.occurred_at
+        if claimed is not UNSET and claimed > self._recorded_at + timedelta(seconds=CLAIM_AHEAD_SECONDS):
+            detail = f"it is in the future: it is {self.now} here"
+            raise MalformedRequest([{"pointer": "/occurred_at", "detail": detail}])
+        state = self.stream(pending.target)
+        if state is not None and not isinstance(state, RULES[command.stream_type][1]):
+            taken = AlreadyExists if command.creates else NotFound
+            raise taken(what=command.stream_type, id=pending.target)
+        if pending.expected_version is not None:
+            if state is None and not command.creates:
+                raise NotFound(what=command.stream_type, id=pending.target)
+            version = state.version if state is not None else 0
+            if version != pending.expected_version:
+                raise PreconditionFailed(id=pending.target, expected=pending.expected_version, current=version)
+        return state
+
+    def _effect(self, pending: Pending, facts: list[Fact]) -> Receipt:
+        """Stage the facts and what follows from them."""
+        first = self.size + 1
+        events = [self._stage(pending, fact, index) for index, fact in enumerate(facts)]
+        status = 201 if pending.command.creates else 200
+        row = len(self.append.commands)
+        self.append.commands.append(self._row(pending, status, first, len(facts)))
+        for event in events:
+            for follow_up in REACTIONS.get(type(event.data), _nothing)(event, self):
+                self._react(pending, event, follow_up)
+        if self.size >= first + len(facts):  # reactions came after: the answer has seen them too
+            self.append.commands[row] = self.append.commands[row]._replace(seen_position=self.size)
+        return self._receipt(pending, self.append.commands[row], self.stream(pending.target))
+
+    def _react(self, trigger: Pending, event: Event[Any], command: Command) -> None:
+        target = command.target
+        assert target is not None
+        pending = self._system(command, str(uuid5(event.event_id, str(target))))
+        pending.causation_id, pending.correlation_id = event.event_id, event.correlation_id
+        pending.traceparent = trigger.traceparent
+        self._expire(target)
+        try:
+            facts = RULES[command.stream_type][0].decide(self.stream(target), command, self)
+        except MunimentError:
+            return  # it ended by itself, just now
+        self._effect(pending, facts)
+
+    def _system(self, command: Command, command_id: str) -> Pending:
+        target = command.target
+        assert target is not None
+        asked = canonical(command)
+        return Pending(
+            command=command,
+            actor=SYSTEM,
+            principal=SYSTEM.principal,
+            command_id=command_id,
+            target=target,
+            canonical=asked,
+            fingerprint=self._vault.fingerprint(self._known.project_id, asked),
+        )
+
+    def _refuse(self, pending: Pending, refusal: MunimentError) -> Verdict:
+        """A refusal is a fact of its own: one event, in its own stream. Too many a minute are not."""
+        if self.refused[pending.principal] >= self._refusals_left(pending.principal):
+            return RateLimited(limit=REFUSALS_PER_MINUTE_MAX)
+        self.refused[pending.principal] += 1
+        command = pending.command
+        attempted = msgspec.json.decode(pending.canonical)
+        del attempted["type"]
+        fact = CommandRefused(
+            command_type=type(command).__name__,
+            target=command.target,
+            status=refusal.status,
+            code=refusal.code,
+            params=msgspec.to_builtins(refusal.params),
+            attempted=attempted,
+        )
+        self._stage(pending, fact, 0)
+        row = self._row(pending, refusal.status, self.size, 1)
+        self.append.commands.append(row)
+        return self._receipt(pending, row, None, refusal)
+
+    # Rows
+
+    def _stage(self, pending: Pending, fact: Fact, index: int) -> Event[Any]:
+        """Give one fact its place and its bytes. Returns the event as it was decided, before sealing."""
+        command = pending.command
+        stream_type = fact.stream_type
+        if stream_type == "refusal":
+            stream_id, before = uuid5(self._known.ledger_id, f"{pending.principal}\n{pending.command_id}"), None
+        else:
+            stream_id, before = pending.target, self.stream(pending.target)
+        session_id, root_session_id = self._session_of(pending, fact)
+        event: Event[Any] = Event(
+            v=1,
+            project=self._known.project_id,
+            ledger=self._known.ledger_id,
+            event_id=pending.event_id(index),
+            stream_type=stream_type,
+            stream_id=stream_id,
+            stream_version=1 if before is None else before.version + 1,
+            type=type(fact).__name__,
+            schema_version=fact.schema_version,
+            occurred_at=self.now if command.occurred_at is UNSET else stamp(command.occurred_at),
+            recorded_at=self.now,
+            actor=pending.actor,
+            command_id=pending.command_id,
+            correlation_id=_given(command.correlation_id)
+            or pending.correlation_id
+            or (str(root_session_id) if root_session_id else pending.command_id),
+            data=fact,
+            session_id=session_id,
+            root_session_id=root_session_id,
+            causation_id=_given(command.causation_id) or pending.causation_id,
+            traceparent=pending.traceparent,
+            external_id=_given(command.external_id),
+            refs=command.refs,
+            reason=None if "reason" in fact.__struct_fields__ else getattr(command, "reason", None),
+        )
+        entry, payload = encode(event)
+        sealed = event
+        if b'"$personal"' in entry or (payload is not None and b'"$personal"' in payload):
+            sealed = self._seal(event)
+            entry, payload = encode(sealed)
+        self.size += 1
+        self.append.events.append(
+            EventRow(stream_id, event.stream_version, event.type, entry, leaf_hash(entry), payload)
+        )
+        if stream_type != "refusal":
+            self.streams[stream_id] = RULES[stream_type][0].evolve(before, sealed)
+        self._keep_items(sealed)
+        return event
+
+    def _seal(self, event: Event[Any]) -> Event[Any]:
+        place = Place(
+            project_id=event.project,
+            stream_id=event.stream_id,
+            stream_version=event.stream_version,
+            event_id=event.event_id,
+            path="",
+        )
+
+        def seal(value: Any, path: str) -> Any:
+            return self._vault.seal(event.project, msgspec.to_builtins(value), replace(place, path=path))
+
+        fields = {name: getattr(event.data, name) for name in event.data.personal}
+        data = replace(event.data, **{name: seal(value, f"/data/{name}") for name, value in fields.items()})
+        return replace(event, data=data, reason=seal(event.reason, "/reason"))
+
+    def _session_of(self, pending: Pending, fact: Fact) -> tuple[UUID | None, UUID | None]:
+        """The session an event belongs to, and the root above it."""
+        command = pending.command
+        session_id = getattr(command, "session_id", None)
+        if command.stream_type == "session":
+            session_id = pending.target
+        if not isinstance(session_id, UUID):
+            return None, None
+        state = self.stream(session_id)
+        if isinstance(state, session.Session):
+            return session_id, state.root_session_id
+        if fact.stream_type == "refusal":
+            return None, None
+        parent = self.stream(parent_id) if (parent_id := getattr(command, "parent_session_id", None)) else None
+        return session_id, parent.root_session_id if parent is not None else session_id
+
+    def _keep_items(self, event: Event[Any]) -> None:
+        item = opened(event)
+        if item is not None:
+            self._items_of(item.root_session_id)[item.item_id] = item
+            self.append.opened[item.item_id] = item
+        elif closes(event):
+            state = self.streams[event.stream_id]
+            if state.parent_session_id is None:
+                return
+            if state.root_session_id in self.items or state.root_session_id in self._known.items:
+                self._items_of(state.root_session_id).pop(event.stream_id, None)
+            if self.append.opened.pop(event.stream_id, None) is None:
+                self.append.closed.add(event.stream_id)
+
+    def _items_of(self, root_session_id: UUID) -> dict[UUID, OpenItem]:
+        return self.items.setdefault(root_session_id, dict(self.open_items(root_session_id)))
+
+    def _row(self, pending: Pending, status: int, first: int, count: int) -> CommandRow:
+        return CommandRow(
+            principal=pending.principal,
+            command_id=pending.command_id,
+            fingerprint=pending.fingerprint,
+            type=type(pending.command).__name__,
+            target=pending.target,
+            status=status,
+            first_position=first if count else 0,
+            event_count=count,
+            seen_position=self.size,
+        )
+
+    def _receipt(self, pending: Pending, row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:
+        receipt = Receipt(
+            command_id=row.command_id,
+            type=row.type,
+            status=row.status,
+            target=row.target,
+            first_position=row.first_position,
+            event_count=row.event_count,
+            seen_position=row.seen_position,
+            state=state,
+            refusal=refusal,
+        )
+        self.receipts[pending.key] = receipt
+        return receipt
+
+
+def _given(value: Any) -> Any:
+    return None if value is UNSET else value
+
+
+def _nothing(event: Event[Any], world: Any) -> tuple[Command, ...]:
+    return ()

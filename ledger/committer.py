@@ -1,0 +1,168 @@
+"""Where commands go in: one committer a process, one writer a ledger.
+
+It turns a caller's command into a pending one (its id, its fingerprint, its data keys in memory) and
+hands it to the writer of its project's ledger, whose group commit answers. Nothing is decided here.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from uuid import UUID
+
+import msgspec
+import psycopg
+from msgspec import UNSET
+from psycopg_pool import PoolTimeout
+from uuid_utils.compat import uuid7
+
+from ledger import store
+from ledger.batch import Pending, Verdict
+from ledger.commands import Command, Receipt
+from ledger.errors import MunimentError, StoreUnavailable, UnknownProject
+from ledger.events import Actor, canonical
+from ledger.postgres import Clock, Pool, store_errors
+from ledger.project_key import UnusableKey
+from ledger.replay import recall
+from ledger.store import Ledger
+from ledger.vault import Vault, subjects
+from ledger.writer import Refusals, Writer
+
+log = logging.getLogger(__name__)
+
+ANNOUNCE_SECONDS = 0.005
+"""Between two NOTIFYs: each passes a lock that the whole server shares."""
+
+
+class Committer:
+    """Where commands go in, for every project. See `submit`."""
+
+    def __init__(self, pool: Pool, vault: Vault, *, create_ledgers: bool, session_retention_days: int = 7) -> None:
+        self.pool = pool
+        self.vault = vault
+        self.clock = Clock()
+        self.refusals = Refusals()
+        self.session_retention_days = session_retention_days
+        self._create_ledgers = create_ledgers
+        self._writers: dict[str, Writer] = {}
+        self._opening = asyncio.Lock()
+        self._grown: set[UUID] = set()
+        self._announcing: asyncio.Task[None] | None = None
+
+    async def submit(
+        self, project_id: str, command: Command, actor: Actor, *, traceparent: str | None = None
+    ) -> Receipt:
+        """Have `command` decided and, if it changes anything, durably recorded; then its receipt.
+
+        Takes `command_id` (minted if absent) and `expected_version` out of the command. A refusal that
+        is recorded comes as a Receipt with `refusal`; any other is raised as its MunimentError, and then
+        nothing happened and the id is free, except that after StoreUnavailable the outcome may be
+        unknown: the same id asked again tells.
+        """
+        (answer,) = await self.submit_all(project_id, [command], actor, traceparent=traceparent)
+        if isinstance(answer, MunimentError):
+            raise answer
+        return answer
+
+    async def submit_all(
+        self, project_id: str, commands: Sequence[Command], actor: Actor, *, traceparent: str | None = None
+    ) -> list[Receipt | MunimentError]:
+        """As `submit` for each, in order: a later one sees the effects of those before it."""
+        writer = await self._writer(project_id)
+        pendings = [await self._pending(project_id, command, actor, traceparent) for command in commands]
+        answers = [writer.submit(pending) for pending in pendings]
+        return [await _outcome(answer) for answer in answers]
+
+    async def receipt(self, project_id: str, principal: str, command_id: str) -> Receipt | None:
+        """What became of a command of `principal`, if it was ever answered and recorded."""
+        ledger = await self.ledger(project_id)
+        if ledger is None:
+            return None
+        with store_errors():
+            async with self.pool.connection() as connection:
+                rows = await store.find_commands(connection, ledger.ledger_id, [(principal, command_id)])
+                return next(iter(await recall(connection, ledger.ledger_id, list(rows.values()))), None)
+
+    async def ledger(self, project_id: str) -> Ledger | None:
+        """The project's ledger, if it has one. Its size is as of when this process first met it."""
+        with suppress(UnknownProject):
+            return (await self._writer(project_id, create=False)).ledger
+        return None
+
+    async def close(self) -> None:
+        """Finish what was accepted; then nothing is on its way any more."""
+        await asyncio.gather(*(writer.drained() for writer in self._writers.values()))
+        if self._announcing is not None:
+            await self._announcing
+
+    async def _writer(self, project_id: str, *, create: bool = True) -> Writer:
+        writer = self._writers.get(project_id)
+        if writer is not None:
+            return writer
+        async with self._opening:
+            if project_id in self._writers:
+                return self._writers[project_id]
+            with store_errors():
+                async with self.pool.connection() as connection:
+                    ledger = await store.find_ledger(connection, project_id)
+                    if ledger is None and create and self._create_ledgers:
+                        ledger = await store.create_ledger(connection, project_id)
+            if ledger is None or ledger.is_foreign:
+                raise UnknownProject(project=project_id)
+            writer = Writer(
+                project_id,
+                ledger,
+                pool=self.pool,
+                vault=self.vault,
+                clock=self.clock,
+                refusals=self.refusals,
+                session_retention_days=self.session_retention_days,
+                announce=self.announce,
+            )
+            self._writers[project_id] = writer
+            return writer
+
+    async def _pending(self, project_id: str, command: Command, actor: Actor, traceparent: str | None) -> Pending:
+        command_id = command.command_id if command.command_id is not UNSET else str(uuid7())
+        expected = command.expected_version
+        command.command_id = command.expected_version = UNSET
+        asked = canonical(command)
+        try:
+            await self.vault.open(project_id)
+            keys = None
+            if b'"$personal"' in asked:
+                keys = await self.vault.prepare(project_id, subjects(msgspec.json.decode(asked)))
+        except UnusableKey as error:
+            log.error("%s", error)
+            raise StoreUnavailable(why="The key of this project is not usable here; its operator must act") from error
+        target = command.target
+        return Pending(
+            command=command,
+            actor=actor,
+            principal=actor.principal,
+            command_id=command_id,
+            target=uuid7() if target is None else target,
+            canonical=asked,
+            fingerprint=self.vault.fingerprint(project_id, asked),
+            expected_version=None if expected is UNSET else expected,
+            traceparent=traceparent,
+            data_keys=keys,
+        )
+
+    def announce(self, ledger_id: UUID) -> None:
+        """Wake whoever listens, soon: a hint, for they look for themselves now and then."""
+        self._grown.add(ledger_id)
+        if self._announcing is None or self._announcing.done():
+            self._announcing = asyncio.create_task(self._announce())
+
+    async def _announce(self) -> None:
+        while self._grown:
+            ids, self._grown = ",".join(map(str, self._grown)), set()
+            with suppress(psycopg.Error, PoolTimeout):
+                async with self.pool.connection() as connection:
+                    await connection.execute(store.SQL.announce, {"ledger_ids": ids}, prepare=True)
+            await asyncio.sleep(ANNOUNCE_SECONDS)
+
+
+async def _outcome(answer: Verdict | asyncio.Future[Verdict]) -> Verdict:
+    return await answer if isinstance(answer, asyncio.Future) else answer

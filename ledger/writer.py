@@ -1,0 +1,390 @@
+"""The group commit of one ledger: pending commands -> decide -> one append -> receipts.
+
+One batch in flight, no timer: while a batch is on its way the next one forms by itself. Decisions are
+optimistic. A batch is decided on what this process knows and appended on condition that the ledger still
+has the size it was decided on; where another process was quicker it is decided again under the ledger's
+lock, and the writer stays on that path until it has been alone for a while. Even a batch that appends
+nothing checks the size, so no answer is ever given on a stale cache. Nothing is acknowledged before its
+commit is durable; re-deciding happens here and nowhere else.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from itertools import islice
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import psycopg
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from msgspec.structs import replace
+from psycopg_pool import PoolTimeout
+
+from ledger import store
+from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, NotLoaded, Pending, Verdict
+from ledger.commands import Receipt
+from ledger.errors import ClockSkew, IdempotencyKeyReused, StoreUnavailable
+from ledger.postgres import Clock, Connection, Pool, store_errors
+from ledger.record import RecordedFact
+from ledger.replay import fold_all, recall
+from ledger.store import CommandRow, Head, Ledger, OpenItem
+from ledger.vault import Vault
+
+log = logging.getLogger(__name__)
+
+BATCH_COMMANDS_MAX = 512
+BATCH_BYTES_MAX = 8 * 1024 * 1024
+QUEUE_COMMANDS_MAX = 20_000
+ALONE_AFTER_BATCHES = 3
+TAIL_EVENTS_MAX = 10_000
+STREAMS_MAX = 50_000
+RECENT_MAX = 32_768
+RECENT_ENTRY_BYTES_MAX = 4_096
+RECOVERY_SECONDS = 5.0
+
+Key = tuple[str, str]
+
+
+class OutcomeUnknown(Exception):
+    """The commit was sent, and whether it is durable was not said."""
+
+
+class Recent(NamedTuple):
+    """A command answered here not long ago; without its receipt where that would be large to keep."""
+
+    row: CommandRow
+    receipt: Receipt | None
+
+
+class Refusals:
+    """How many refusals each principal has had recorded within the last minute, in this process."""
+
+    def __init__(self) -> None:
+        self._window = MovingWindowRateLimiter(MemoryStorage())
+        self._limit = RateLimitItemPerMinute(REFUSALS_PER_MINUTE_MAX)
+
+    def left(self, ledger_id: UUID, principal: str) -> int:
+        return self._window.get_window_stats(self._limit, str(ledger_id), principal).remaining
+
+    def add(self, ledger_id: UUID, principal: str) -> None:
+        self._window.hit(self._limit, str(ledger_id), principal)
+
+
+class Writer:
+    """The one that appends to a ledger in this process, and what it knows of it, true at `size`."""
+
+    def __init__(
+        self,
+        project_id: str,
+        ledger: Ledger,
+        *,
+        pool: Pool,
+        vault: Vault,
+        clock: Clock,
+        refusals: Refusals,
+        session_retention_days: int,
+        announce: Callable[[UUID], None],
+    ) -> None:
+        self.project_id = project_id
+        self.ledger = ledger
+        self.ledger_id = ledger.ledger_id
+        self.size = -1
+        self.streams: dict[UUID, Any] = {}
+        self.items: dict[UUID, dict[UUID, OpenItem]] = {}
+        self._last_recorded_at = ledger.last_recorded_at
+        self._pool, self._vault, self._clock, self._refusals = pool, vault, clock, refusals
+        self._session_retention_days = session_retention_days
+        self._announce = announce
+        self._queue: deque[Pending] = deque()
+        self._waiting: dict[Key, Pending] = {}
+        self._recent: dict[Key, Recent] = {}
+        self._complete_since = float("inf")
+        self._alone_batches = 0
+        self._job: asyncio.Task[None] | None = None
+        self._recalls: set[asyncio.Task[None]] = set()
+
+    # Taking commands in
+
+    def submit(self, pending: Pending) -> Verdict | asyncio.Future[Verdict]:
+        """Queue a command; what became of it comes by itself. A duplicate latches onto the first."""
+        first = self._waiting.get(pending.key)
+        recent = self._recent.get(pending.key) if first is None else None
+        earlier = first or (recent.row if recent else None)
+        if earlier is not None and earlier.fingerprint != pending.fingerprint:
+            return IdempotencyKeyReused(command_id=pending.command_id)
+        if recent is not None and recent.receipt is not None:
+            return replace(recent.receipt, replayed=True)
+        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        if first is not None:
+            first.answers.append(answer)
+            return answer
+        if len(self._queue) >= QUEUE_COMMANDS_MAX:
+            return StoreUnavailable(why="Too many commands are waiting already")
+        pending.answers.append(answer)
+        self._waiting[pending.key] = pending
+        self._queue.append(pending)
+        if self._job is None:
+            self._job = asyncio.create_task(self._run())
+        return answer
+
+    async def drained(self) -> None:
+        """Return when nothing is on its way."""
+        while self._job is not None or self._recalls:
+            await asyncio.gather(*(job for job in (self._job, *self._recalls) if job))
+
+    async def _run(self) -> None:
+        while self._queue:
+            batch = self._take()
+            try:
+                await self._commit(batch)
+            except (StoreUnavailable, ClockSkew) as error:
+                self._resolve((pending, error) for pending in batch)
+            except Exception:
+                # One command that cannot be decided or stored must not take its neighbours with it.
+                log.exception("A batch of %d commands failed; trying them one by one", len(batch))
+                await self._commit_singly([pending for pending in batch if pending.waiting])
+            await asyncio.sleep(0)  # those just answered ask again before the next batch is taken
+        self._job = None
+
+    def _take(self) -> list[Pending]:
+        batch: list[Pending] = []
+        size = 0
+        while self._queue and len(batch) < BATCH_COMMANDS_MAX and size < BATCH_BYTES_MAX:
+            pending = self._queue.popleft()
+            size += len(pending.canonical)
+            batch.append(pending)
+        return batch
+
+    async def _commit_singly(self, batch: list[Pending]) -> None:
+        for pending in batch:
+            try:
+                await self._commit([pending])
+            except (StoreUnavailable, ClockSkew) as error:
+                self._resolve([(pending, error)])
+            except Exception as error:  # noqa: BLE001  (it is raised again, in the one who asked)
+                self._waiting.pop(pending.key, None)
+                pending.fail(error)
+
+    # Committing
+
+    async def _commit(self, batch: list[Pending]) -> None:
+        """Have every command of `batch` answered. Raises what concerns them all."""
+        give_up_at = time.monotonic() + RECOVERY_SECONDS
+        while True:
+            try:
+                if self._alone_batches >= ALONE_AFTER_BATCHES and await self._append_optimistically(batch):
+                    return
+                await self._append_locked(batch)
+            except (psycopg.OperationalError, OutcomeUnknown) as error:
+                # The batch may or may not be there. Under the lock, which waits for whoever still holds
+                # the row, its command ids tell; until then nothing is repeated and nothing acknowledged.
+                self._alone_batches = 0
+                for pending in batch:
+                    pending.outcome_unknown = True
+                if time.monotonic() > give_up_at:
+                    raise StoreUnavailable(why="The database did not say whether it committed") from error
+                await asyncio.sleep(0.05)
+            except PoolTimeout as error:
+                raise StoreUnavailable(why="No database connection was to be had") from error
+            else:
+                return
+
+    async def _append_optimistically(self, batch: list[Pending]) -> bool:
+        """One round trip, if nothing needs to be looked up; False where another process was quicker."""
+        async with self._pool.connection() as connection:
+            connection.standby_missed = False
+            if self._clock.stale:
+                await self._clock.measure(connection)
+            doubtful = [pending.key for pending in batch if not self._surely_new(pending)]
+            rows = await store.find_commands(connection, self.ledger_id, doubtful)
+            fresh = [pending for pending in batch if pending.key not in rows]
+            absent = [p.target for p in fresh if p.command.creates and self._minted_since(p.target)]
+            decided, verdicts = await self._decide(connection, fresh, self._recorded_at(), absent)
+            try:
+                if decided.append.commands:
+                    unchanged = await store.append(connection, decided.append)
+                else:
+                    unchanged = (await store.head(connection, self.ledger_id)).size == self.size
+            except psycopg.errors.UniqueViolation:
+                unchanged = False  # an id believed new was not: the lock's path looks every id up
+            if connection.standby_missed:
+                raise OutcomeUnknown
+        if not unchanged:
+            self._alone_batches = 0
+            return False
+        self._accept(decided)
+        self._resolve(zip(fresh, verdicts, strict=True))
+        self._answer_again([p for p in batch if p.key in rows], rows)
+        return True
+
+    async def _append_locked(self, batch: list[Pending]) -> None:
+        """The exact path: nobody else appends while this batch is decided."""
+        async with self._pool.connection() as connection:
+            connection.standby_missed = False
+            if self._clock.stale:
+                await self._clock.measure(connection)
+            async with connection.transaction():
+                await self._catch_up(connection, await store.lock(connection, self.ledger_id))
+                rows = await store.find_commands(connection, self.ledger_id, [p.key for p in batch])
+                fresh = [pending for pending in batch if pending.key not in rows]
+                decided, verdicts = await self._decide(connection, fresh, self._recorded_at())
+                if decided.append.commands:
+                    assert await store.append(connection, decided.append), "the ledger grew under its lock"
+            # From here on the batch is durable, unless the server warned that its standby is not there.
+            if connection.standby_missed:
+                raise OutcomeUnknown
+        self._accept(decided)
+        self._resolve(zip(fresh, verdicts, strict=True))
+        self._answer_again([p for p in batch if p.key in rows], rows)
+
+    async def _catch_up(self, connection: Connection, head: Head) -> None:
+        """Forget what other processes changed since; called under the lock."""
+        if head.size == self.size:
+            self._alone_batches += 1
+        else:
+            self._alone_batches = 0
+            self._complete_since = self._clock.now().timestamp()
+            self.items.clear()
+            if self.size < 0 or head.size - self.size > TAIL_EVENTS_MAX:
+                self.streams.clear()
+            else:
+                for stream_id in await store.changed_streams(connection, self.ledger_id, self.size):
+                    self.streams.pop(stream_id, None)
+        self.size, self._last_recorded_at = head
+
+    async def _decide(
+        self, connection: Connection, batch: list[Pending], recorded_at: datetime, absent: Iterable[UUID] = ()
+    ) -> tuple[Batch, list[Verdict]]:
+        """Decide on what is known, reading first what is not."""
+        believed_absent = {stream_id for stream_id in absent if stream_id not in self.streams}
+        named = {stream_id for p in batch for stream_id in (p.target, *p.command.reads)}
+        await self._load(connection, named - believed_absent)
+        while True:
+            decided = Batch(
+                self,
+                recorded_at,
+                self._vault,
+                session_retention_days=self._session_retention_days,
+                refusals_left=lambda principal: self._refusals.left(self.ledger_id, principal),
+                absent=believed_absent,
+            )
+            try:
+                return decided, [decided.decide(pending) for pending in batch]
+            except NotLoaded as missing:
+                if missing.stream is not None:
+                    await self._load(connection, {missing.stream})
+                if missing.root is not None:
+                    items = await store.read_open_items(connection, self.ledger_id, [missing.root])
+                    self.items[missing.root] = {item.item_id: item for item in items}
+                    await self._load(connection, {item.item_id for item in items})
+
+    async def _load(self, connection: Connection, stream_ids: set[UUID]) -> None:
+        """Read the streams that are not known yet; one that does not exist is then known not to.
+
+        What is read may be ahead of `size`: then the append misses, and under the lock it cannot be.
+        """
+        stream_ids = {stream_id for stream_id in stream_ids if stream_id not in self.streams}
+        if not stream_ids:
+            return
+        history = await store.read_streams(connection, self.ledger_id, stream_ids)
+        self.streams.update(dict.fromkeys(stream_ids))
+        self.streams.update(fold_all(history))
+
+    def _recorded_at(self) -> datetime:
+        return max(self._clock.now(), self._last_recorded_at)
+
+    # What is known
+
+    def _surely_new(self, pending: Pending) -> bool:
+        """Whether no command of this id can have been recorded, so far as honest clocks go.
+
+        `_recent` holds every command since `_complete_since`, and a UUIDv7 made later was not recorded
+        before. An id that lies about its age meets the unique index and is looked up after all.
+        """
+        if pending.key in self._recent or pending.outcome_unknown:
+            return False
+        text = pending.command_id
+        if len(text) != 36 or text[14] != "7":
+            return False
+        try:
+            return self._minted_since(UUID(text))
+        except ValueError:
+            return False
+
+    def _minted_since(self, named: UUID) -> bool:
+        return named.version == 7 and (named.int >> 80) / 1000 > self._complete_since
+
+    def _accept(self, decided: Batch) -> None:
+        """The batch is durable: what it made is what is known from here on."""
+        rows = decided.append.commands
+        if not rows:
+            return
+        entries = decided.append.events
+        for row in rows:
+            key = (row.principal, row.command_id)
+            first = row.first_position - decided.append.seen - 1
+            small = row.event_count == 0 or len(entries[first].entry) <= RECENT_ENTRY_BYTES_MAX
+            self._recent[key] = Recent(row, decided.receipts[key] if small else None)
+        for stream_id, state in decided.streams.items():
+            self.streams.pop(stream_id, None)
+            if state is not None and not isinstance(state, RecordedFact):  # a record never changes again
+                self.streams[stream_id] = state
+        self.items.update(decided.items)
+        for principal, count in decided.refused.items():
+            for _ in range(count):
+                self._refusals.add(self.ledger_id, principal)
+        self.size, self._last_recorded_at = decided.size, decided.append.recorded_at
+        self._forget_oldest()
+        if entries:
+            self._announce(self.ledger_id)
+
+    def _forget_oldest(self) -> None:
+        if len(self.streams) > STREAMS_MAX:
+            for stream_id in list(islice(self.streams, STREAMS_MAX // 4)):
+                del self.streams[stream_id]
+        if len(self._recent) > RECENT_MAX:
+            for key in list(islice(self._recent, RECENT_MAX // 4)):
+                del self._recent[key]
+            # Only what was recorded after the last one forgotten is still complete. That is not kept by
+            # command: the time of this batch is later than all of them.
+            self._complete_since = self._last_recorded_at.timestamp()
+
+    # Answering
+
+    def _resolve(self, verdicts: Iterable[tuple[Pending, Verdict]]) -> None:
+        for pending, verdict in verdicts:
+            self._waiting.pop(pending.key, None)
+            pending.resolve(verdict)
+
+    def _answer_again(self, batch: list[Pending], rows: dict[Key, CommandRow]) -> None:
+        """Answer commands that were recorded before; apart, so that no batch waits for it."""
+        same = [p for p in batch if p.fingerprint == rows[p.key].fingerprint]
+        other = [p for p in batch if p.fingerprint != rows[p.key].fingerprint]
+        self._resolve((p, IdempotencyKeyReused(command_id=p.command_id)) for p in other)
+        if same:
+            job = asyncio.create_task(self._recall(same, [rows[p.key] for p in same]))
+            self._recalls.add(job)
+            job.add_done_callback(self._recalls.discard)
+
+    async def _recall(self, batch: list[Pending], rows: list[CommandRow]) -> None:
+        try:
+            with store_errors():
+                async with self._pool.connection() as connection:
+                    receipts = await recall(connection, self.ledger_id, rows)
+        except StoreUnavailable as error:
+            self._resolve((pending, error) for pending in batch)
+            return
+        except Exception as error:
+            log.exception("%d commands could not be answered again", len(batch))
+            for pending in batch:
+                self._waiting.pop(pending.key, None)
+                pending.fail(error)
+            return
+        for pending, receipt in zip(batch, receipts, strict=True):
+            # A commit of ours whose outcome was not said: this is its first answer.
+            self._resolve([(pending, replace(receipt, replayed=not pending.outcome_unknown))])
