@@ -6,8 +6,8 @@ with the command, and come out the same. A command sees the effects of those bef
 """
 
 from asyncio import Future
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from types import ModuleType
 from typing import Any, Protocol
@@ -188,12 +188,12 @@ class Batch:
 
         A recorded refusal is a Receipt; one that leaves no trace is returned as its error. Raises NotLoaded.
         """
-        earlier = self.receipts.get(pending.key)
-        if earlier is not None:
-            return replace(earlier, replayed=True)
         command = pending.command
         for stream_id in (pending.target, *command.reads):
             self._expire(stream_id)
+        earlier = self.receipts.get(pending.key)
+        if earlier is not None:  # a sweeper's command, which the line above or a neighbour has just done
+            return replace(earlier, replayed=True)
         try:
             state = self._admit(pending)
             facts = RULES[command.stream_type][0].decide(state, command, self)
@@ -233,31 +233,39 @@ class Batch:
         return state
 
     def _effect(self, pending: Pending, facts: list[Fact]) -> Receipt:
-        """Stage the facts and what follows from them."""
-        first = self.size + 1
-        events = [self._stage(pending, fact, index) for index, fact in enumerate(facts)]
-        status = 201 if pending.command.creates else 200
+        """Record the facts, and then, in the same commit, what follows from them, level by level."""
         row = len(self.append.commands)
-        self.append.commands.append(self._row(pending, status, first, len(facts)))
-        for event in events:
-            for follow_up in REACTIONS.get(type(event.data), _nothing)(event, self):
-                self._react(pending, event, follow_up)
-        if self.size >= first + len(facts):  # reactions came after: the answer has seen them too
+        after = self.size + len(facts)
+        triggers = deque((pending, event) for event in self._record(pending, facts))
+        while triggers:
+            cause, event = triggers.popleft()
+            for command in REACTIONS.get(type(event.data), _nothing)(event, self):
+                triggers.extend(self._react(cause, event, command))
+        if self.size > after:  # the answer has seen what followed
             self.append.commands[row] = self.append.commands[row]._replace(seen_position=self.size)
         return self._receipt(pending, self.append.commands[row], self.stream(pending.target))
 
-    def _react(self, trigger: Pending, event: Event[Any], command: Command) -> None:
+    def _record(self, pending: Pending, facts: list[Fact]) -> list[Event[Any]]:
+        first = self.size + 1
+        events = [self._stage(pending, fact, index) for index, fact in enumerate(facts)]
+        status = 201 if pending.command.creates else 200
+        self.append.commands.append(self._row(pending, status, first, len(facts)))
+        return events
+
+    def _react(self, cause: Pending, event: Event[Any], command: Command) -> Iterator[tuple[Pending, Event[Any]]]:
         target = command.target
         assert target is not None
         pending = self._system(command, str(uuid5(event.event_id, str(target))))
         pending.causation_id, pending.correlation_id = event.event_id, event.correlation_id
-        pending.traceparent = trigger.traceparent
+        pending.traceparent = cause.traceparent
         self._expire(target)
         try:
             facts = RULES[command.stream_type][0].decide(self.stream(target), command, self)
         except MunimentError:
             return  # it ended by itself, just now
-        self._effect(pending, facts)
+        followed = self._record(pending, facts)
+        self._receipt(pending, self.append.commands[-1], self.stream(target))
+        yield from ((pending, follow_up) for follow_up in followed)
 
     def _system(self, command: Command, command_id: str) -> Pending:
         target = command.target

@@ -15,7 +15,7 @@ from ledger.queue import World
 def _cancel_children(event: Event[SessionCancelled], world: World) -> Iterator[Command]:
     if not event.data.cascade or event.root_session_id is None:
         return
-    for item in world.open_items(event.root_session_id).values():
+    for item in list(world.open_items(event.root_session_id).values()):  # each cancel takes one out
         if item.session_id == event.stream_id:
             yield CancelSession(session_id=item.item_id, reason=event.data.reason, cascade=True)
 
