@@ -24,7 +24,7 @@ from psycopg.sql import SQL, Composed, Identifier
 from psycopg_pool import AsyncConnectionPool
 
 from ledger.errors import MalformedRequest, StoreUnavailable
-from ledger.postgres import Connection, Pool, open_pool
+from ledger.postgres import Connection, Pool, open_pool, queries
 from ledger.project_key import UnusableKey
 from ledger.vault import BrokenSeal, Place, Vault, check, subjects
 
@@ -315,6 +315,28 @@ async def test_vaults_that_race_to_create_keys_agree(make_vault: MakeVault, data
         sealed = as_stored(sealer.seal("demo", [personal(p, p) for p in people], PLACE))
         for reader in vaults:
             assert await reader.unseal("demo", sealed, PLACE) == people
+
+
+async def test_processes_that_create_the_same_keys_never_wait_for_each_other_in_a_circle(database: Any) -> None:
+    create = queries("ledger", "vault").create_data_keys
+    low, high = "0" * 32, "f" * 32
+
+    async def insert(connection: psycopg.AsyncConnection[Any], names: list[str]) -> None:
+        keys = {"numbers": [1] * len(names), "wrapped": [bytes(60)] * len(names)}
+        await connection.execute(create, {"project_id": "demo", "subjects": names, **keys})
+
+    async with (
+        await psycopg.AsyncConnection.connect(database.api) as first,
+        await psycopg.AsyncConnection.connect(database.api) as second,
+    ):
+        await insert(first, [low])
+        blocked = asyncio.create_task(insert(second, [high, low]))
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
+        while not await sql(database, waiting, second.info.backend_pid):
+            assert not blocked.done()
+        await insert(first, [high])  # deadlocks, had the second taken the high one before it waited
+        await first.commit()
+        await blocked
 
 
 class CountingConnection(Connection):
