@@ -277,10 +277,10 @@ class EmbeddedServer:
         )
 
     def _launch(self) -> None:
-        self._free_pid_file()
         if not self.socket_directory.exists():
             self._make_closed(self.socket_directory)
         self._check_socket_directory()
+        self._clear_traces()
         settings = _SETTINGS | (_DURABLE if self._durable else _THROW_AWAY)
         settings["unix_socket_directories"] = str(self.socket_directory)
         if sys.platform == "darwin" and self._durable:
@@ -300,22 +300,23 @@ class EmbeddedServer:
                 raise EmbeddedError(f"PostgreSQL did not start. {self.log} ends:\n{told}")
             time.sleep(0.2)
 
-    def _free_pid_file(self) -> None:
-        """Let a start pass a pid file whose number some other program has by now.
+    def _clear_traces(self) -> None:
+        """Let a start pass the files of a server that was killed, though some process has its number by now.
 
-        After a reboot, or in a new container, the number that a killed server left may be anyone's, and
-        PostgreSQL would refuse to start. The file stays: PostgreSQL goes on to test the shared memory it
-        names, which is what really tells that no server is left.
+        After a reboot, in a new container, or while its parent has not noticed, the number it left is taken,
+        and PostgreSQL would refuse to start. Its pid file stays, with a number that nobody has: PostgreSQL
+        goes on to test the shared memory named in it, which is what really tells that no server is left.
         """
-        if not self._pid_file.exists():
-            return
-        if self._others_use_it() and self._where.read_text() != _process_namespace():
-            raise EmbeddedError(
-                f"{self.data} is in use by a process whose server cannot be seen from here (in another "
-                "container?). Stop that one first, or set MUNIMENT_HOME to another directory"
-            )
-        _, _, rest = self._pid_file.read_text().partition("\n")
-        self._pid_file.write_text(f"{_NO_PROCESS}\n{rest}")
+        if self._pid_file.exists():
+            if self._others_use_it() and self._where.read_text() != _process_namespace():
+                raise EmbeddedError(
+                    f"{self.data} is in use by a process whose server cannot be seen from here (in another "
+                    "container?). Stop that one first, or set MUNIMENT_HOME to another directory"
+                )
+            _, _, rest = self._pid_file.read_text().partition("\n")
+            self._pid_file.write_text(f"{_NO_PROCESS}\n{rest}")
+        for name in (_SOCKET, f"{_SOCKET}.lock"):
+            self.socket_directory.joinpath(name).unlink(missing_ok=True)
 
     def _halt(self) -> None:
         pid = self.pid

@@ -47,7 +47,7 @@ def database_of(server: EmbeddedServer, name: str) -> Database:
     )
 
 
-def _new_home(parent: Path) -> Path:
+def new_home(parent: Path) -> Path:
     """A directory for one server; what earlier runs left when they were killed is swept away first."""
     homes = parent / f"muniment-tests-{os.geteuid()}"
     homes.mkdir(mode=0o700, exist_ok=True)
@@ -64,7 +64,7 @@ def _new_home(parent: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=homes))
 
 
-def _fastest_directory() -> Path:
+def fastest_directory() -> Path:
     """Memory where there is enough: to copy a database is to copy a thousand small files."""
     memory = Path("/dev/shm")
     if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * GIB:
@@ -75,7 +75,7 @@ def _fastest_directory() -> Path:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedServer]:
     """A running PostgreSQL that forgets on a power failure, and in it the migrated template."""
-    home = _new_home(_fastest_directory())
+    home = new_home(fastest_directory())
     with EmbeddedServer(home, durable=False) as server:
         asyncio.run(migrate(server.url()))
         with psycopg.connect(server.url(database="postgres"), autocommit=True) as connection:
@@ -112,7 +112,7 @@ def durable_server() -> Iterator[EmbeddedServer]:
 
     For crash tests: kill `.pid`, then `.start()` again. Its connection strings: `database_of(server, "muniment")`.
     """
-    home = _new_home(Path(tempfile.gettempdir()))
+    home = new_home(Path(tempfile.gettempdir()))
     with EmbeddedServer(home) as server:
         asyncio.run(migrate(server.url()))
         yield server

@@ -1,0 +1,144 @@
+"""Migrations: applied once, in order, whole; what was applied is never edited unnoticed."""
+
+import asyncio
+import hashlib
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from ledger.embedded import EmbeddedServer
+from ops.migrate import DatabaseUnreachable, MigrationError, migrate, schema, shipped
+from tests.conftest import Database
+
+ONE = {"0001_one.sql": "CREATE TABLE one (n int); INSERT INTO one VALUES (1);"}
+TWO = ONE | {"0002_two.sql": "CREATE TABLE two (n int);"}
+
+
+@pytest.fixture
+def empty(postgres: EmbeddedServer) -> Iterator[str]:
+    """The URL of a database that nothing was migrated in."""
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE empty")
+        yield postgres.url(database="empty")
+        connection.execute("DROP DATABASE empty WITH (FORCE)")
+
+
+async def ask(url: str, query: str) -> list[tuple[object, ...]]:
+    async with await psycopg.AsyncConnection.connect(url) as connection:
+        return await (await connection.execute(query.encode())).fetchall()
+
+
+async def test_a_migration_is_applied_once(empty: str) -> None:
+    assert await migrate(empty, migrations=ONE) == ["0001_one.sql"]
+    assert await migrate(empty, migrations=TWO) == ["0002_two.sql"]
+    assert await migrate(empty, migrations=TWO) == []
+    assert await ask(empty, "SELECT count(*) FROM one") == [(1,)]
+    digest = hashlib.sha256(ONE["0001_one.sql"].encode()).digest()
+    assert (await ask(empty, "SELECT sha256 FROM muniment.migrations ORDER BY name"))[0] == (digest,)
+
+
+async def test_migrators_at_the_same_moment_take_turns(empty: str) -> None:
+    slow = {"0001_slow.sql": "SELECT pg_sleep(0.2); CREATE TABLE slow (n int);"}
+    applied = await asyncio.gather(*[migrate(empty, migrations=slow) for _ in range(4)])
+    assert sorted(map(len, applied)) == [0, 0, 0, 1]
+
+
+async def test_a_file_that_fails_leaves_nothing_of_itself(empty: str) -> None:
+    broken = ONE | {"0002_two.sql": "CREATE TABLE two (n int); SELECT no_such_function();"}
+    with pytest.raises(MigrationError, match=r"0002_two\.sql failed, and nothing of it was applied.*no_such_function"):
+        await migrate(empty, migrations=broken)
+    assert await ask(empty, "SELECT name FROM muniment.migrations") == [("0001_one.sql",)]
+    assert await migrate(empty, migrations=TWO) == ["0002_two.sql"]
+
+
+async def test_an_edited_file_is_noticed(empty: str) -> None:
+    await migrate(empty, migrations=ONE)
+    with pytest.raises(MigrationError, match=r"0001_one\.sql was edited after it was applied"):
+        await migrate(empty, migrations={"0001_one.sql": "CREATE TABLE one (n bigint);"})
+
+
+async def test_a_database_of_a_newer_version_is_refused(empty: str) -> None:
+    await migrate(empty, migrations=TWO)
+    with pytest.raises(MigrationError, match=r"has 0002_two\.sql, which this version of Muniment does not"):
+        await migrate(empty, migrations=ONE)
+
+
+async def test_a_file_slipped_in_between_is_refused(empty: str) -> None:
+    later = {"0001_one.sql": ONE["0001_one.sql"], "0003_three.sql": "SELECT 1;"}
+    await migrate(empty, migrations=later)
+    with pytest.raises(MigrationError, match=r"0002_two\.sql comes before 0003_three\.sql, which is applied"):
+        await migrate(empty, migrations=dict(sorted((TWO | later).items())))
+
+
+async def test_a_statement_that_bears_no_transaction_gets_none(empty: str) -> None:
+    index = TWO | {"0003_index.sql": "-- no-transaction\nCREATE INDEX CONCURRENTLY IF NOT EXISTS i ON two (n);"}
+    await migrate(empty, migrations=TWO)
+    assert await migrate(empty, migrations=index) == ["0003_index.sql"]
+    assert await ask(empty, "SELECT indisvalid FROM pg_index WHERE indexrelid = 'i'::regclass") == [(True,)]
+
+
+async def test_a_migration_gives_up_rather_than_make_everyone_wait(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.migrate._LOCK_TIMEOUT", "50ms")
+    await migrate(empty, migrations=ONE)
+    async with await psycopg.AsyncConnection.connect(empty) as reader:
+        await reader.execute("SELECT * FROM one")
+        with pytest.raises(MigrationError, match=r"waited 50ms for a lock.*try again"):
+            await migrate(empty, migrations=ONE | {"0002_two.sql": "ALTER TABLE one ADD COLUMN m int;"})
+
+
+async def test_a_database_belongs_to_one_deployment(empty: str) -> None:
+    await migrate(empty, "ledger.example.com", migrations=ONE)
+    await migrate(empty, migrations=ONE)
+    await migrate(empty, "ledger.example.com", migrations=ONE)
+    with pytest.raises(MigrationError, match=r"belongs to the deployment 'ledger\.example\.com'"):
+        await migrate(empty, "other.example.com", migrations=TWO)
+    assert await ask(empty, "SELECT name FROM muniment.deployment") == [("ledger.example.com",)]
+    assert await ask(empty, "SELECT name FROM muniment.migrations") == [("0001_one.sql",)]
+
+
+async def test_only_the_owner_migrates(database: Database) -> None:
+    with pytest.raises(MigrationError, match=r"'muniment_api' may not migrate.*MIGRATE_DATABASE_URL"):
+        await migrate(database.api)
+
+
+async def test_a_database_that_is_not_there_may_be_there_later() -> None:
+    with pytest.raises(DatabaseUnreachable):
+        await migrate("postgresql://nobody@127.0.0.1:1/none")
+
+
+async def test_what_is_shipped_is_what_the_template_has(database: Database) -> None:
+    assert await ask(database.api, "SELECT name FROM muniment.migrations ORDER BY name") == [(n,) for n in shipped()]
+
+
+def test_every_migration_says_why_and_which_locks() -> None:
+    for name, text in shipped().items():
+        header = text[: text.index("\n\n")]
+        assert "-- Why: " in header, name
+        assert "-- Locks: " in header, name
+
+
+async def test_migrating_again_after_the_roles_exist_works(postgres: EmbeddedServer, empty: str) -> None:
+    """Roles belong to the whole server, so a second database on it finds them there."""
+    assert await migrate(empty) == list(shipped())
+
+
+def test_schema_sql_is_the_sum_of_the_migrations(postgres: EmbeddedServer, database: Database) -> None:
+    written = files("migrations").joinpath("schema.sql")
+    assert isinstance(written, Path)
+    first, _, _ = written.read_text("utf-8").partition("\n")
+    if f"PostgreSQL {postgres.programs.major}." not in first:
+        pytest.skip(f"majors of PostgreSQL dump differently, and this is {postgres.programs.major}")
+    assert written.read_text("utf-8") == schema(postgres, database.name), "run `make schema`"
+
+
+def test_a_database_name_is_quoted_where_it_must_be(postgres: EmbeddedServer) -> None:
+    name = "o'dd name/100%"
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        with psycopg.connect(postgres.url(database=name)) as there:
+            assert there.info.dbname == name
+        connection.execute(sql.SQL("DROP DATABASE {}").format(sql.Identifier(name)))
