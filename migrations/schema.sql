@@ -1,0 +1,179 @@
+-- The sum of the migrations, written by `make schema` with PostgreSQL 18.
+
+CREATE SCHEMA keys;
+
+CREATE SCHEMA ledger;
+
+CREATE SCHEMA muniment;
+
+CREATE FUNCTION ledger.refuse_change() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    RAISE EXCEPTION '% on %.% is refused: the ledger is append-only', TG_OP, TG_TABLE_SCHEMA, TG_TABLE_NAME
+        USING ERRCODE = 'insufficient_privilege';
+END
+$$;
+
+CREATE TABLE keys.data_keys (
+    project_id text NOT NULL,
+    subject text NOT NULL,
+    key integer NOT NULL,
+    wrapped bytea,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT data_keys_key_check CHECK ((key > 0)),
+    CONSTRAINT data_keys_subject_check CHECK ((subject ~ '^[0-9a-f]{32}$'::text)),
+    CONSTRAINT data_keys_wrapped_check CHECK ((octet_length(wrapped) = 60))
+);
+
+COMMENT ON COLUMN keys.data_keys.subject IS 'The pseudonym of the subject: an HMAC under the project key.';
+
+COMMENT ON COLUMN keys.data_keys.wrapped IS 'Nonce, data key and tag (AES-256-GCM under the project key). Null: destroyed.';
+
+CREATE TABLE keys.project_keys (
+    project_id text NOT NULL,
+    key_id bytea NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT project_keys_key_id_check CHECK ((octet_length(key_id) = 16))
+);
+
+CREATE TABLE ledger.commands (
+    ledger_id uuid NOT NULL,
+    principal text NOT NULL,
+    command_id text NOT NULL,
+    fingerprint bytea NOT NULL,
+    type text NOT NULL,
+    target uuid,
+    status smallint NOT NULL,
+    first_position bigint NOT NULL,
+    event_count bigint NOT NULL,
+    seen_position bigint NOT NULL
+);
+
+CREATE TABLE ledger.events (
+    ledger_id uuid NOT NULL,
+    "position" bigint NOT NULL,
+    stream_id uuid NOT NULL,
+    stream_version bigint NOT NULL,
+    type text NOT NULL,
+    entry bytea NOT NULL,
+    leaf bytea NOT NULL,
+    CONSTRAINT events_entry_check CHECK ((octet_length(entry) < 65536)),
+    CONSTRAINT events_leaf_check CHECK ((octet_length(leaf) = 32)),
+    CONSTRAINT events_position_check CHECK (("position" > 0)),
+    CONSTRAINT events_stream_version_check CHECK ((stream_version > 0))
+);
+
+COMMENT ON COLUMN ledger.events.entry IS 'The exact bytes that are hashed. Never parsed and written back.';
+
+COMMENT ON COLUMN ledger.events.leaf IS 'RFC 6962 s2.1: SHA-256(0x00 || entry).';
+
+CREATE TABLE ledger.ledgers (
+    ledger_id uuid NOT NULL,
+    project_id text NOT NULL,
+    is_foreign boolean DEFAULT false NOT NULL,
+    size bigint DEFAULT 0 NOT NULL,
+    last_recorded_at timestamp with time zone DEFAULT '0001-01-01 00:00:00+00'::timestamp with time zone NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT ledgers_size_check CHECK ((size >= 0))
+)
+WITH (fillfactor='10', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_scale_factor='0');
+
+COMMENT ON COLUMN ledger.ledgers.is_foreign IS 'Written through the eventsourcing library: its events are opaque to Muniment, whose API never writes there.';
+
+CREATE TABLE ledger.open_items (
+    ledger_id uuid NOT NULL,
+    item_id uuid NOT NULL,
+    item_type text NOT NULL,
+    session_id uuid NOT NULL,
+    root_session_id uuid NOT NULL
+);
+
+CREATE TABLE ledger.payloads (
+    ledger_id uuid NOT NULL,
+    "position" bigint NOT NULL,
+    data bytea NOT NULL
+);
+
+CREATE TABLE muniment.deployment (
+    only_row boolean DEFAULT true NOT NULL,
+    name text NOT NULL,
+    CONSTRAINT deployment_only_row_check CHECK (only_row)
+);
+
+CREATE TABLE muniment.migrations (
+    name text NOT NULL,
+    sha256 bytea NOT NULL,
+    applied_at timestamp with time zone DEFAULT now() NOT NULL
+);
+
+ALTER TABLE ONLY keys.data_keys
+    ADD CONSTRAINT data_keys_pkey PRIMARY KEY (project_id, subject, key);
+
+ALTER TABLE ONLY keys.project_keys
+    ADD CONSTRAINT project_keys_pkey PRIMARY KEY (project_id);
+
+ALTER TABLE ONLY ledger.commands
+    ADD CONSTRAINT commands_pkey PRIMARY KEY (ledger_id, principal, command_id);
+
+ALTER TABLE ONLY ledger.events
+    ADD CONSTRAINT events_ledger_id_stream_id_stream_version_key UNIQUE (ledger_id, stream_id, stream_version);
+
+ALTER TABLE ONLY ledger.events
+    ADD CONSTRAINT events_pkey PRIMARY KEY (ledger_id, "position");
+
+ALTER TABLE ONLY ledger.ledgers
+    ADD CONSTRAINT ledgers_pkey PRIMARY KEY (ledger_id);
+
+ALTER TABLE ONLY ledger.ledgers
+    ADD CONSTRAINT ledgers_project_id_key UNIQUE (project_id);
+
+ALTER TABLE ONLY ledger.open_items
+    ADD CONSTRAINT open_items_pkey PRIMARY KEY (ledger_id, item_id);
+
+ALTER TABLE ONLY ledger.payloads
+    ADD CONSTRAINT payloads_pkey PRIMARY KEY (ledger_id, "position");
+
+ALTER TABLE ONLY muniment.deployment
+    ADD CONSTRAINT deployment_pkey PRIMARY KEY (only_row);
+
+ALTER TABLE ONLY muniment.migrations
+    ADD CONSTRAINT migrations_pkey PRIMARY KEY (name);
+
+CREATE INDEX open_items_by_root ON ledger.open_items USING btree (ledger_id, root_session_id);
+
+CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.commands FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
+
+CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.events FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
+
+CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.payloads FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
+
+CREATE TRIGGER kept BEFORE DELETE OR TRUNCATE ON ledger.ledgers FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
+
+GRANT USAGE ON SCHEMA keys TO muniment_api;
+
+GRANT USAGE ON SCHEMA ledger TO muniment_api;
+
+GRANT USAGE ON SCHEMA muniment TO PUBLIC;
+
+GRANT SELECT,INSERT ON TABLE keys.data_keys TO muniment_api;
+
+GRANT SELECT,INSERT ON TABLE keys.project_keys TO muniment_api;
+
+GRANT SELECT,INSERT ON TABLE ledger.commands TO muniment_api;
+
+GRANT SELECT,INSERT ON TABLE ledger.events TO muniment_api;
+
+GRANT SELECT,INSERT ON TABLE ledger.ledgers TO muniment_api;
+
+GRANT UPDATE(size) ON TABLE ledger.ledgers TO muniment_api;
+
+GRANT UPDATE(last_recorded_at) ON TABLE ledger.ledgers TO muniment_api;
+
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE ledger.open_items TO muniment_api;
+
+GRANT SELECT,INSERT ON TABLE ledger.payloads TO muniment_api;
+
+GRANT SELECT ON TABLE muniment.deployment TO PUBLIC;
+
+GRANT SELECT ON TABLE muniment.migrations TO PUBLIC;
