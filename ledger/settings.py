@@ -101,34 +101,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if read.one_of("MUNIMENT_MODE", ("production", "development")) == "development":
             mode = "development"
         home = read.directory("MUNIMENT_HOME", _default_home(environ))
-        database_url = read.secret("DATABASE_URL", _check_database)
-        if database_url is None and mode == "production":
-            read.problems.append(
-                "DATABASE_URL is not set, and production needs it: name a PostgreSQL database, "
-                f"or set it to {EMBEDDED!r} to let Muniment run one in MUNIMENT_HOME. "
-                "To try Muniment out, set MUNIMENT_MODE=development"
-            )
-        database_url = database_url or EMBEDDED
+        database_url = read.secret("DATABASE_URL", _check_database) or EMBEDDED
+        database_given = bool(environ.get("DATABASE_URL") or environ.get("DATABASE_URL_FILE"))
         direct_url = read.secret("DATABASE_DIRECT_URL", _check_connection)
         migrate_url = read.secret("MIGRATE_DATABASE_URL", _check_connection)
-        if database_url == EMBEDDED:
-            for name, value in (
-                ("DATABASE_DIRECT_URL", direct_url),
-                ("MIGRATE_DATABASE_URL", migrate_url),
-            ):
-                if value is not None:
-                    read.problems.append(
-                        f"{name} is set, but the database is the embedded one, "
-                        f"which needs none: unset it, or set DATABASE_URL too"
-                    )
-        issuer = read.text("OIDC_ISSUER_URL", _check_issuer)
-        audience = read.text("OIDC_AUDIENCE")
-        if (issuer is None) != (audience is None):
-            there, missing = (
-                ("OIDC_AUDIENCE", "OIDC_ISSUER_URL") if issuer is None else ("OIDC_ISSUER_URL", "OIDC_AUDIENCE")
-            )
-            read.problems.append(f"{there} is set without {missing}: set both, or neither")
-        same_in_development = database_url if mode == "development" else None
+        if mode == "development" or database_url == EMBEDDED:
+            migrate_url = migrate_url or database_url
         settings = cls(
             mode=mode,
             home=home,
@@ -136,22 +114,47 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             deployment=read.text("MUNIMENT_DEPLOYMENT", _check_deployment),
             database_url=database_url,
             database_direct_url=direct_url or database_url,
-            migrate_database_url=migrate_url or (EMBEDDED if database_url == EMBEDDED else same_in_development),
+            migrate_database_url=migrate_url,
             redis_url=read.secret("REDIS_URL", _check_redis),
             idempotency_enabled=read.boolean("IDEMPOTENCY_ENABLED", True),
             idempotency_ttl_seconds=read.integer("IDEMPOTENCY_TTL_SECONDS", 86_400, 1, 31_622_400),
             session_retention_days=read.integer("SESSION_RETENTION_DAYS", 7, 1, 36_500),
-            oidc_issuer_url=issuer,
-            oidc_audience=audience,
+            oidc_issuer_url=read.text("OIDC_ISSUER_URL", _check_issuer),
+            oidc_audience=read.text("OIDC_AUDIENCE"),
             oidc_project_claim=read.text("OIDC_PROJECT_CLAIM") or "project",
             oidc_roles_claim=read.text("OIDC_ROLES_CLAIM") or "roles",
             oidc_kind_claim=read.text("OIDC_KIND_CLAIM") or "kind",
             host=read.text("HOST", _check_host) or "127.0.0.1",
             port=read.integer("PORT", 8088, 1, 65_535),
         )
-        if read.problems:
-            raise InvalidSettings(read.problems)
+        if problems := read.problems + _contradictions(settings, database_given):
+            raise InvalidSettings(problems)
         return settings
+
+
+def _contradictions(settings: Settings, database_given: bool) -> list[str]:
+    """What no single value tells."""
+    problems = []
+    if not database_given and settings.mode == "production":
+        problems.append(
+            f"DATABASE_URL is not set, and production needs it: name a PostgreSQL database, or set it to {EMBEDDED!r} "
+            "to let Muniment run one in MUNIMENT_HOME. To try Muniment out, set MUNIMENT_MODE=development"
+        )
+    if settings.embedded:
+        addresses = {
+            "DATABASE_DIRECT_URL": settings.database_direct_url,
+            "MIGRATE_DATABASE_URL": settings.migrate_database_url,
+        }
+        problems += [
+            f"{name} is set, but the database is the embedded one, which needs none: unset it, or set DATABASE_URL too"
+            for name, value in addresses.items()
+            if value != EMBEDDED
+        ]
+    issuer = {"OIDC_ISSUER_URL": settings.oidc_issuer_url, "OIDC_AUDIENCE": settings.oidc_audience}
+    for there, missing in (("OIDC_ISSUER_URL", "OIDC_AUDIENCE"), ("OIDC_AUDIENCE", "OIDC_ISSUER_URL")):
+        if issuer[there] and not issuer[missing]:
+            problems.append(f"{there} is set without {missing}: set both, or neither")
+    return problems
 
 
 Check = Callable[[str], str | None]

@@ -40,6 +40,13 @@ def test_the_default_is_production_which_needs_a_database() -> None:
     assert "MUNIMENT_MODE=development" in problem
 
 
+def test_a_wrong_database_is_one_problem() -> None:
+    with pytest.raises(InvalidSettings) as refused:
+        Settings.from_environment({"DATABASE_URL": "nonsense"})
+    (problem,) = refused.value.problems
+    assert problem.endswith("such as postgresql://user@host/database, or the word 'embedded'")
+
+
 def test_production_may_ask_for_the_embedded_database() -> None:
     chosen = Settings.from_environment({"DATABASE_URL": "embedded"})
     assert chosen.mode == "production"
