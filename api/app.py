@@ -1,0 +1,80 @@
+"""The composition root of the API: start reading here.
+
+`create_app` is what an ASGI server calls in each of its processes. Everything is made once, in `serving`,
+and handed on; the process starts without PostgreSQL and without Redis, and each recovers by itself. What a
+route does is in the module of its resource; nothing is decided here.
+"""
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from litestar import Litestar, Request, Response
+from litestar.datastructures import State
+
+from api import commands, docs, health, openapi, records, sessions
+from api.auth import DEVELOPMENT_ISSUER, Tokens, development_verifier
+from api.http import Api, refuse
+from api.idempotency import Copy
+from api.problems import as_error
+from ledger.committer import Committer
+from ledger.embedded import EmbeddedServer
+from ledger.postgres import open_pool
+from ledger.settings import Settings
+from ledger.vault import Vault
+
+CONNECTIONS_MAX = 8
+
+
+@asynccontextmanager
+async def serving(app: Litestar, settings: Settings) -> AsyncGenerator[None]:
+    """What every route works with, from the first request to the last."""
+    conninfo = EmbeddedServer(settings.home).url("muniment_api") if settings.embedded else settings.database_url
+    development = settings.mode == "development"
+    async with open_pool(conninfo, CONNECTIONS_MAX) as pool:
+        vault = Vault(settings.keys_dir, pool, create_keys=development)
+        committer = Committer(
+            pool, vault, create_ledgers=development, session_retention_days=settings.session_retention_days
+        )
+        copy = None
+        if settings.redis_url and settings.idempotency_enabled:
+            copy = Copy(settings.redis_url, vault, ttl_seconds=settings.idempotency_ttl_seconds)
+        verifiers = {DEVELOPMENT_ISSUER: development_verifier(settings.keys_dir)} if development else {}
+        app.state.api = Api(
+            pool=pool,
+            vault=vault,
+            committer=committer,
+            tokens=Tokens(verifiers),
+            copy=copy,
+            creates_ledgers=development,
+        )
+        try:
+            yield
+        finally:
+            # What was accepted is finished and answered before anything goes away.
+            await committer.close()
+            if copy is not None:
+                await copy.close()
+
+
+def problem_response(request: Request[Any, Any, Any], raised: Exception) -> Response[bytes]:
+    """What Litestar itself refuses (an unknown path, a method), as a problem like any other."""
+    answer = refuse(as_error(raised, request.scope["method"], request.scope["path"]))
+    headers = {name.decode(): value.decode() for name, value in answer.headers}
+    return Response(answer.body, status_code=answer.status, headers=headers, media_type=answer.media_type.decode())
+
+
+def create_app(settings: Settings | None = None) -> Litestar:
+    """The API as an ASGI application; settings come from the environment unless given."""
+    known = settings or Settings.from_environment(os.environ)
+    routes = [*commands.ROUTES, *sessions.ROUTES, *records.ROUTES, *health.ROUTES, *docs.ROUTES]
+    return Litestar(
+        route_handlers=routes,
+        state=State({"openapi": msgspec.json.encode(openapi.document(routes))}),
+        lifespan=[lambda app: serving(app, known)],
+        exception_handlers={Exception: problem_response},
+        openapi_config=None,
+        logging_config=None,
+    )

@@ -1,0 +1,158 @@
+"""A credential becomes a Caller: the project it is for, and the actor that events will name.
+
+Every token names its issuer, and each issuer has one verifier. In development that is this machine, whose
+key file signs tokens; production never reads that file, so a development token is worth nothing there.
+What a caller may do is not decided here, and no token is ever stored or logged.
+"""
+
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jwt
+import msgspec
+from msgspec import Meta, Struct
+
+from ledger.commands import ProjectId
+from ledger.errors import Forbidden, Unauthenticated
+from ledger.events import Actor
+from ledger.project_key import create_key_file, read_key_file
+
+DEVELOPMENT_ISSUER = "muniment-development"
+LIFETIME_SECONDS = 30 * 24 * 3600
+VERIFIED_SECONDS_MAX = 60.0
+VERIFIED_TOKENS_MAX = 10_000
+TOKEN_BYTES_MAX = 16 * 1024
+READERS = ("agent", "approver", "auditor", "operator")
+"""The roles that may read what is recorded in their project."""
+
+Kind = Literal["human", "agent", "service"]
+Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)")]
+
+
+class Caller(Struct, frozen=True):
+    """Who calls, and the one project whose things exist for them."""
+
+    project_id: str
+    actor: Actor
+
+    def may_read(self) -> bool:
+        return any(role in READERS for role in self.actor.roles)
+
+    def require(self, *needed: str, action: str) -> None:
+        """Raises Forbidden unless the caller has one of these roles."""
+        if not any(role in needed for role in self.actor.roles):
+            raise Forbidden(action=action, needed=list(needed), roles=list(self.actor.roles))
+
+
+class _Claims(Struct):
+    """What a development token says (RFC 7519), as far as it is used."""
+
+    sub: Name
+    project: ProjectId
+    exp: float
+    kind: Kind = "agent"
+    roles: Annotated[list[Name], Meta(max_length=20)] = []
+
+
+Verify = Callable[[str], tuple[Caller, float]]
+"""From a token to its caller and its expiry (seconds since the epoch). Raises jwt.InvalidTokenError or
+msgspec.ValidationError."""
+
+
+class Tokens:
+    """Verifies bearer tokens (RFC 6750), and remembers for up to a minute that it did."""
+
+    def __init__(self, verifiers: dict[str, Verify]) -> None:
+        self._verifiers = verifiers
+        self._verified: dict[bytes, tuple[Caller, float]] = {}
+
+    def caller(self, authorization: bytes | None) -> Caller:
+        """The caller behind an Authorization header. Raises Unauthenticated."""
+        if authorization is None:
+            raise Unauthenticated(why="This needs a token, and the request has none")
+        digest = sha256(authorization).digest()
+        known = self._verified.get(digest)
+        if known is not None and time.time() < known[1]:
+            return known[0]
+        scheme, _, token = authorization.partition(b" ")
+        if scheme.lower() != b"bearer" or len(token) > TOKEN_BYTES_MAX:
+            raise Unauthenticated(why="The Authorization header is not `Bearer <token>`")
+        caller, expires_at = self._verify(token.strip())
+        if len(self._verified) >= VERIFIED_TOKENS_MAX:
+            del self._verified[next(iter(self._verified))]
+        self._verified.pop(digest, None)
+        self._verified[digest] = caller, min(expires_at, time.time() + VERIFIED_SECONDS_MAX)
+        return caller
+
+    def _verify(self, token: bytes) -> tuple[Caller, float]:
+        try:
+            text = token.decode("ascii")
+            # Only to choose who verifies; nothing is believed before that.
+            issuer = jwt.decode(text, options={"verify_signature": False}).get("iss")
+            verify = self._verifiers.get(issuer) if isinstance(issuer, str) else None
+            if verify is None:
+                raise Unauthenticated(why="The token's issuer is not trusted here")
+            return verify(text)
+        except jwt.ExpiredSignatureError:
+            raise Unauthenticated(why="The token has expired") from None
+        except msgspec.ValidationError as error:
+            raise Unauthenticated(why=f"The token's claims are not usable: {error}") from None
+        except (jwt.PyJWTError, ValueError, RecursionError):
+            raise Unauthenticated(why="The token is not valid") from None
+
+
+def key_path(keys_dir: Path) -> Path:
+    """The file with the key of development tokens: a name that no project's key can have."""
+    return keys_dir / "development.secret"
+
+
+def development_verifier(keys_dir: Path) -> Verify:
+    """Accepts what `development_token` made with the key file of the same directory."""
+
+    def verify(token: str) -> tuple[Caller, float]:
+        signing_key = read_key_file(key_path(keys_dir))
+        if signing_key is None:
+            raise jwt.InvalidKeyError("no token was ever made here")
+        claims = jwt.decode(
+            token,
+            signing_key,
+            algorithms=["HS256"],
+            issuer=DEVELOPMENT_ISSUER,
+            options={"require": ["exp", "iss", "sub"]},
+        )
+        known = msgspec.convert(claims, _Claims)
+        actor = Actor(
+            issuer=DEVELOPMENT_ISSUER,
+            sub=known.sub,
+            kind=known.kind,
+            roles=tuple(known.roles),
+            assurance="authenticated",
+        )
+        return Caller(known.project, actor), known.exp
+
+    return verify
+
+
+def development_token(
+    keys_dir: Path,
+    *,
+    project: str,
+    subject: str,
+    kind: Kind = "agent",
+    roles: tuple[str, ...] | list[str] = ("agent",),
+    lifetime_seconds: int = LIFETIME_SECONDS,
+) -> str:
+    """A token that a server in development mode with the same keys directory accepts.
+
+    Makes the key at first use (0600; of two processes the first decides). Raises UnusableKey, and
+    msgspec.ValidationError for a claim that the server would not accept.
+    """
+    expires_at = int(time.time()) + lifetime_seconds
+    claims = {"sub": subject, "project": project, "kind": kind, "roles": list(roles), "exp": expires_at}
+    msgspec.convert(claims, _Claims)
+    path = key_path(keys_dir)
+    signing_key = read_key_file(path) or create_key_file(path)
+    return jwt.encode({"iss": DEVELOPMENT_ISSUER} | claims, signing_key, algorithm="HS256")

@@ -1,0 +1,355 @@
+"""The one flow of every command: bytes -> command -> committer -> answer; and `/commands` itself.
+
+A route says a method, a path and a command type (`commanding`); all else is shared. An answer is a pure
+function of the receipt, so the first answer and every replay of it are the same bytes. The order is SPEC's:
+body limit, authentication, then in the committer replay, authorization, handling. Rules are never here.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
+
+import msgspec
+from litestar import Request, asgi, route
+from litestar.enums import ScopeType
+from litestar.exceptions import NotFoundException
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import Receive, Scope, Send
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from api import resources
+from api.auth import READERS
+from api.headers import CommandHeaders, agree, apply, headers_said
+from api.http import (
+    BATCH_BODY_BYTES_MAX,
+    BODY_BYTES_MAX,
+    Answer,
+    Call,
+    Operation,
+    encode,
+    reading,
+    refuse,
+)
+from api.idempotency import Asked
+from api.problems import problem
+from ledger import errors
+from ledger.batch import RULES
+from ledger.commands import COMMANDS, Command, Receipt, explain, read_command
+from ledger.errors import MalformedRequest, MethodNotAllowed, MunimentError, NotFound
+from ledger.events import Line, canonical
+from ledger.record import RecordedFact
+from ledger.session import Session
+
+COMMANDS_MAX = 1000
+
+SENDS = ("Ledger-Id", "Ledger-Position", "Command-Id", "ETag", "Location", "Idempotent-Replayed")
+
+REFUSALS = (
+    errors.MalformedRequest,
+    errors.NumberOutOfRange,
+    errors.Unauthenticated,
+    errors.Forbidden,
+    errors.UnknownProject,
+    errors.BodyTooLarge,
+    errors.UnsupportedMediaType,
+    errors.IdempotencyKeyReused,
+    errors.PreconditionFailed,
+    errors.NotFound,
+    errors.AlreadyExists,
+    errors.InvalidTransition,
+    errors.UnknownParent,
+    errors.SessionFull,
+    errors.RateLimited,
+    errors.StoreUnavailable,
+    errors.UpgradeRequired,
+    errors.ClockSkew,
+)
+"""Everything that a command may be told instead of what it asked for."""
+
+
+class _Named(Struct):
+    command_id: str | None = None
+
+
+_items = msgspec.json.Decoder(list[msgspec.Raw])
+_named = msgspec.json.Decoder(_Named)
+
+
+class CommandAnswer(Struct, kw_only=True):
+    """What became of one command. `positions` are those of its events; `body` is what its own route answers."""
+
+    command_id: str
+    type: str
+    status: int
+    positions: list[int]
+    body: msgspec.Raw
+
+
+class ItemAnswer(Struct, kw_only=True, omit_defaults=True):
+    """What became of one command of a list. `command_id` is null where an item without one was not recorded."""
+
+    command_id: str | None
+    status: int
+    replayed: bool
+    positions: list[int]
+    body: msgspec.Raw
+    location: str | None = None
+    etag: str | None = None
+
+
+# Reading
+
+
+def _read_list(body: bytes, said: CommandHeaders | None) -> list[msgspec.Raw]:
+    """The items of a list of commands, each still to be read."""
+    try:
+        raws = _items.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        explain(error, body)
+    if not 1 <= len(raws) <= COMMANDS_MAX:
+        detail = f"a list has 1 to {COMMANDS_MAX} commands, and this has {len(raws)}"
+        raise MalformedRequest([{"pointer": "", "detail": detail}])
+    if said is not None and (said.idempotency_key is not UNSET or said.if_match is not UNSET):
+        name = "If-Match" if said.idempotency_key is UNSET else "Idempotency-Key"
+        detail = "it is for one command; in a list each item says its own `command_id` and `expected_version`"
+        raise MalformedRequest([{"pointer": name, "detail": detail}])
+    return raws
+
+
+def _read_item(
+    raw: msgspec.Raw, said: CommandHeaders | None, named: type[Command] | None
+) -> Command | MalformedRequest:
+    try:
+        command = read_command(raw, named)
+    except MalformedRequest as error:
+        return error
+    if said is not None and command.correlation_id is UNSET:
+        command.correlation_id = said.correlation_id
+    if said is not None and command.causation_id is UNSET:
+        command.causation_id = said.causation_id
+    return command
+
+
+def _command_id(item: Command | MalformedRequest, raw: msgspec.Raw) -> str | None:
+    """What its sender calls an item, as far as that can be read."""
+    if isinstance(item, Command):
+        return None if item.command_id is UNSET else item.command_id
+    try:
+        return _named.decode(raw).command_id
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+# Submitting
+
+
+async def _submit(
+    call: Call, commands: Sequence[Command], said: CommandHeaders | None
+) -> list[Receipt | MunimentError]:
+    """What became of each, in order; from the copy where it is known there."""
+    api, caller = call.api, call.caller
+    traceparent = None if said is None or said.traceparent is UNSET else said.traceparent
+    copy = api.copy
+    if copy is None or await call.find_ledger() is None or all(c.command_id is UNSET for c in commands):
+        verdicts = await api.committer.submit_all(caller.project_id, commands, caller.actor, traceparent=traceparent)
+        await call.find_ledger()
+        return verdicts
+    await api.vault.open(caller.project_id)
+    asked = {index: _asked(call, c) for index, c in enumerate(commands) if c.command_id is not UNSET}
+    copied = dict(zip(asked, await copy.find(list(asked.values())), strict=True))
+    rest = [c for index, c in enumerate(commands) if copied.get(index) is None]
+    answers = iter(await api.committer.submit_all(caller.project_id, rest, caller.actor, traceparent=traceparent))
+    verdicts = [copied.get(index) or next(answers) for index in range(len(commands))]
+    for index, one in asked.items():
+        verdict = verdicts[index]
+        if isinstance(verdict, Receipt) and copied[index] is None:
+            copy.keep(one, verdict)
+    return verdicts
+
+
+def _asked(call: Call, command: Command) -> Asked:
+    assert call.ledger_id is not None
+    assert command.command_id is not UNSET
+    plain = msgspec.structs.replace(command, command_id=UNSET, expected_version=UNSET)
+    project_id = call.caller.project_id
+    fingerprint = call.api.vault.fingerprint(project_id, canonical(plain))
+    return Asked(project_id, call.ledger_id, call.caller.actor.principal, command.command_id, fingerprint)
+
+
+# Answering
+
+
+async def answer(call: Call, receipt: Receipt) -> Answer:
+    """The answer that `receipt` is, whether it is the first or a replay."""
+    if receipt.refusal is not None:
+        shown = refuse(receipt.refusal, remembered=True)
+    else:
+        call.caller.require(*READERS, action="Reading the answer")
+        state = receipt.state
+        shown = Answer(receipt.status, await resources.encode(call.api.vault, call.caller.project_id, state))
+        shown.headers = [(b"etag", resources.etag(state))]
+        if receipt.status == 201:
+            shown.headers.append((b"location", resources.location(state)))
+    position = receipt.positions[-1] if receipt.event_count else receipt.seen_position
+    shown.headers += [(b"ledger-position", b"%d" % position), (b"command-id", receipt.command_id.encode())]
+    if receipt.replayed:
+        shown.headers.append((b"idempotent-replayed", b"true"))
+    return shown
+
+
+async def _item_answer(call: Call, command_id: str | None, verdict: Receipt | MunimentError) -> ItemAnswer:
+    if isinstance(verdict, MunimentError):
+        body = msgspec.Raw(encode(problem(verdict)))
+        return ItemAnswer(command_id=command_id, status=verdict.status, replayed=False, positions=[], body=body)
+    try:
+        shown = await answer(call, verdict)
+    except MunimentError as error:
+        shown = refuse(error)
+    headers = dict(shown.headers)
+    return ItemAnswer(
+        command_id=verdict.command_id,
+        status=shown.status,
+        replayed=verdict.replayed,
+        positions=list(verdict.positions),
+        body=msgspec.Raw(shown.body),
+        location=headers[b"location"].decode() if b"location" in headers else None,
+        etag=headers[b"etag"].decode() if b"etag" in headers else None,
+    )
+
+
+async def _one(call: Call, body: bytes, named: type[Command] | None, target: str | None) -> Answer:
+    command = read_command(body or b"{}", named)
+    if target is not None:
+        agree(command, target, call.path_id(target, command.stream_type), "the path")
+    said = headers_said(call.headers)
+    if said is not None:
+        apply(said, command)
+    (verdict,) = await _submit(call, [command], said)
+    if isinstance(verdict, MunimentError):
+        raise verdict
+    return await answer(call, verdict)
+
+
+async def _many(call: Call, body: bytes, named: type[Command] | None) -> Answer:
+    said = headers_said(call.headers)
+    raws = _read_list(body, said)
+    items = [_read_item(raw, said, named) for raw in raws]
+    ids = [_command_id(item, raw) for item, raw in zip(items, raws, strict=True)]
+    verdicts = iter(await _submit(call, [item for item in items if isinstance(item, Command)], said))
+    answers = []
+    for item, command_id in zip(items, ids, strict=True):
+        verdict = item if isinstance(item, MunimentError) else next(verdicts)
+        answers.append(await _item_answer(call, command_id, verdict))
+    return Answer(201 if named and all(item.status == 201 for item in answers) else 200, encode(answers))
+
+
+# Routes
+
+
+async def _take(
+    call: Call, receive: Receive, named: type[Command] | None, target: str | None = None, *, listed: bool = False
+) -> Answer:
+    """The shared flow. `named`: the type that the route says, if it is not the body that says it."""
+    call.read_headers()
+    body = await call.read_body(receive, BATCH_BODY_BYTES_MAX if listed else BODY_BYTES_MAX)
+    call.authenticate()
+    call.require_json(body)
+    if listed and body.lstrip(b" \t\r\n")[:1] == b"[":
+        return await _many(call, body, named)
+    return await _one(call, body, named, target)
+
+
+def commanding(
+    method: Literal["POST", "PUT"],
+    path: str,
+    command: type[Command],
+    target: str | None = None,
+    *,
+    listed: bool = False,
+) -> HTTPRouteHandler:
+    """The route that gives one type of command; `target` names the path parameter that is its target."""
+    state = RULES[command.stream_type][1]
+    status = 201 if command.creates else 200
+    answers: dict[int, Any] = {status: (state, list[ItemAnswer]) if listed else state}
+    if listed:
+        answers[200] = list[ItemAnswer]
+    operation = Operation(
+        tag=f"{command.stream_type}s",
+        name=command.__name__,
+        doc=command.__doc__ or "",
+        headers=CommandHeaders,
+        body=command,
+        items_max=COMMANDS_MAX if listed else 0,
+        sends=SENDS,
+        body_required=any(field.required for field in msgspec.structs.fields(command)),
+        answers=answers,
+        refusals=REFUSALS,
+    )
+
+    async def handler(request: Request[Any, Any, Any]) -> Answer:
+        return await Call(request.scope).answer(
+            lambda call: _take(call, request.receive, command, target, listed=listed)
+        )
+
+    return route(path, http_method=[method], name=operation.name, opt={"operation": operation})(handler)
+
+
+_ANY: Any = reduce(or_, COMMANDS)
+
+ANY_COMMAND = Operation(
+    tag="commands",
+    name="SubmitCommands",
+    doc="""Any command, or a list of 1 to 1,000.
+
+    One command is answered as its own route would answer it. A list is answered by a list in the same order;
+    its items are decided in order and see each other's effects, and each is recorded, or refused, by itself.""",
+    headers=CommandHeaders,
+    body=_ANY,
+    items_max=COMMANDS_MAX,
+    sends=SENDS,
+    answers={201: (Session, RecordedFact), 200: (Session, RecordedFact, list[ItemAnswer])},
+    refusals=REFUSALS,
+)
+
+
+@asgi("/commands", name=ANY_COMMAND.name, copy_scope=False, opt={"operation": ANY_COMMAND, "methods": ["POST"]})
+async def submit_commands(scope: Scope, receive: Receive, send: Send) -> None:
+    """The hottest route, so without Litestar's own handling of requests; it shares all else."""
+    if scope["type"] != ScopeType.HTTP:
+        raise NotFoundException
+    if scope["method"] != "POST":
+        raise MethodNotAllowed(method=scope["method"], allowed=["POST"])
+    answer = await Call(scope).answer(lambda call: _take(call, receive, None, listed=True))
+    await answer(scope, receive, send)
+
+
+class CommandQuery(Struct, forbid_unknown_fields=True):
+    principal: (
+        Annotated[Line, Meta(description="Whose command, as `issuer#sub`; for auditors and operators.")] | UnsetType
+    ) = UNSET
+
+
+@reading("/commands/{command_id:str}", tag="commands", query=CommandQuery, answers={200: CommandAnswer})
+async def get_command(call: Call, query: CommandQuery) -> Answer:
+    """What became of a command of yours."""
+    own = call.caller.actor.principal
+    principal = own if query.principal is UNSET else query.principal
+    if principal != own:
+        call.caller.require("auditor", "operator", action="Reading what others commanded")
+    command_id = call.scope["path_params"]["command_id"]
+    receipt = await call.api.committer.receipt(call.caller.project_id, principal, command_id)
+    if receipt is None:
+        raise NotFound(what="command", id=command_id[:255])
+    shown = await answer(call, receipt)
+    became = CommandAnswer(
+        command_id=receipt.command_id,
+        type=receipt.type,
+        status=receipt.status,
+        positions=list(receipt.positions),
+        body=msgspec.Raw(shown.body),
+    )
+    return Answer(200, encode(became))
+
+
+ROUTES = [submit_commands, get_command]

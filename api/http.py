@@ -1,0 +1,316 @@
+"""One request as it is read, and one answer as it is given; the same for every route.
+
+Owns headers, bodies within their limit, query parameters, and what a route says of itself (`Operation`,
+from which OpenAPI is made). A body is read before anything else is asked, and no further than its limit;
+what cannot be read is refused by name. Nothing here knows a resource, and nothing here decides.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+from uuid import UUID
+
+import msgspec
+from litestar import Request, route
+from litestar.enums import HttpMethod
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import HTTPScope, Receive, Scope, Send
+from msgspec import Struct
+
+from api.auth import READERS, Caller, Tokens
+from api.idempotency import Copy
+from api.problems import MEDIA_TYPE, as_error, headers_of, problem
+from ledger.commands import pointer
+from ledger.committer import Committer
+from ledger.errors import (
+    BodyTooLarge,
+    Forbidden,
+    MalformedRequest,
+    MunimentError,
+    NotFound,
+    StoreUnavailable,
+    Unauthenticated,
+    UnknownProject,
+    UnsupportedMediaType,
+)
+from ledger.postgres import Pool
+from ledger.vault import Vault
+
+BODY_BYTES_MAX = 1024 * 1024
+BATCH_BODY_BYTES_MAX = 8 * 1024 * 1024
+BODY_SECONDS_MAX = 60.0
+PARAMETERS_MAX = 50
+
+READING_REFUSALS = (MalformedRequest, Unauthenticated, Forbidden, UnknownProject, NotFound, StoreUnavailable)
+"""Everything that a reader may be told instead of what was asked for."""
+
+READ = [HttpMethod.GET, HttpMethod.HEAD]
+JSON = b"application/json"
+Headers = dict[bytes, bytes]
+Q = TypeVar("Q", bound=Struct)
+
+_ONCE = frozenset(
+    b"authorization causation-id content-encoding content-length content-type correlation-id "
+    b"idempotency-key if-match if-none-match traceparent".split()
+)
+
+encode = msgspec.json.Encoder().encode
+
+
+class Api(Struct, frozen=True, kw_only=True):
+    """What every route works with; made once a process, in `api.app`."""
+
+    pool: Pool
+    vault: Vault
+    committer: Committer
+    tokens: Tokens
+    copy: Copy | None
+    creates_ledgers: bool
+
+
+class Answer(Struct):
+    """What is sent back: an ASGI application of two messages."""
+
+    status: int
+    body: bytes = b""
+    headers: list[tuple[bytes, bytes]] = []
+    media_type: bytes = JSON
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = self.headers
+        if self.status not in (204, 304):
+            headers = [(b"content-type", self.media_type), (b"content-length", b"%d" % len(self.body)), *headers]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        body = b"" if scope["method"] == "HEAD" else self.body  # type: ignore[typeddict-item]
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class Operation(Struct, frozen=True, kw_only=True):
+    """What a route promises, for OpenAPI. `summary` and `description` come from a docstring."""
+
+    tag: str
+    name: str
+    doc: str
+    answers: dict[int, Any]
+    """By status: the type of the body (None: no body; a tuple: one of these), or that by media type."""
+    sends: tuple[str, ...] = ()
+    """The headers that its answers may have."""
+    refusals: tuple[type[MunimentError], ...] = ()
+    query: type[Struct] | None = None
+    headers: type[Struct] | None = None
+    body: Any = None
+    body_required: bool = True
+    items_max: int = 0
+    """How many bodies may come as a list; 0: none, it is always one."""
+    open: bool = False
+    """Whether it asks for no token."""
+
+
+class Call:
+    """One request on its way: who calls, what was sent, and the ledger that it is about."""
+
+    __slots__ = ("api", "caller", "headers", "ledger_id", "scope")
+
+    api: Api
+    caller: Caller
+    headers: Headers
+    ledger_id: UUID | None
+
+    def __init__(self, scope: HTTPScope) -> None:
+        self.scope = scope
+        self.api = scope["litestar_app"].state._state["api"]
+        self.ledger_id = None
+
+    async def answer(self, work: Callable[["Call"], Awaitable[Answer]]) -> Answer:
+        """What `work` answers, or the problem that it met; with the id of the ledger it is about."""
+        try:
+            answer = await work(self)
+        except Exception as raised:  # noqa: BLE001 - whatever it is, the caller gets a problem and the log the rest
+            answer = refuse(as_error(raised, self.scope["method"], self.scope["path"]))
+        if self.ledger_id is not None:
+            answer.headers.append((b"ledger-id", str(self.ledger_id).encode()))
+        return answer
+
+    def read_headers(self) -> None:
+        """Have the request's headers by name. Raises MalformedRequest where one that must stand alone is
+        there twice: which of two is meant is not ours to choose."""
+        sent = self.scope["headers"]
+        self.headers = dict(sent)
+        if len(self.headers) != len(list(sent)):
+            names = [name for name, _ in sent]
+            twice = sorted(name.decode() for name in _ONCE if names.count(name) > 1)
+            if twice:
+                raise MalformedRequest(
+                    [{"pointer": name, "detail": "it is there twice; send it once"} for name in twice]
+                )
+
+    def authenticate(self) -> None:
+        """Raises Unauthenticated."""
+        self.caller = self.api.tokens.caller(self.headers.get(b"authorization"))
+
+    async def find_ledger(self) -> UUID | None:
+        """The ledger of the caller's project; in development it may have none yet. Raises UnknownProject."""
+        ledger = await self.api.committer.ledger(self.caller.project_id)
+        if ledger is None and not self.api.creates_ledgers:
+            raise UnknownProject(project=self.caller.project_id)
+        self.ledger_id = ledger.ledger_id if ledger else None
+        return self.ledger_id
+
+    def path_id(self, name: str, what: str) -> UUID:
+        """The id in the path. One that is no UUID names nothing: NotFound."""
+        return uuid_of(self.scope["path_params"][name], what)
+
+    async def read_body(self, receive: Receive, limit_bytes: int) -> bytes:
+        """The whole body. Raises BodyTooLarge without reading on, and MalformedRequest if it does not arrive."""
+        length = self.headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > limit_bytes:
+            raise BodyTooLarge(limit_bytes=limit_bytes)
+        message: Any = await receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            body: bytes = message["body"]
+        else:
+            body = await _read_on(message, receive, limit_bytes)
+        if len(body) > limit_bytes:
+            raise BodyTooLarge(limit_bytes=limit_bytes)
+        return body
+
+    def require_json(self, body: bytes) -> None:
+        """Raises UnsupportedMediaType unless the body is JSON in UTF-8, as it stands."""
+        encoding = self.headers.get(b"content-encoding", b"identity").strip().lower()
+        if encoding not in (b"identity", b""):
+            raise UnsupportedMediaType(media_type=f"encoded as {_shown(encoding)}")
+        stated = self.headers.get(b"content-type")
+        if stated == JSON or (stated is None and not body):
+            return
+        if stated is None:
+            raise UnsupportedMediaType(media_type="of no stated type")
+        name, *parameters = [part.strip().lower() for part in stated.split(b";")]
+        charsets = [p.partition(b"=")[2].strip(b'" ') for p in parameters if p.startswith(b"charset")]
+        if name != JSON or any(charset not in (b"utf-8", b"utf8") for charset in charsets):
+            raise UnsupportedMediaType(media_type=_shown(stated))
+
+
+Work = Callable[[Call, Q], Awaitable[Answer]]
+
+
+class NoParameters(Struct, forbid_unknown_fields=True):
+    """For routes that take none."""
+
+
+def reading(
+    path: str,
+    *,
+    tag: str,
+    answers: dict[int, Any],
+    query: type[Q] = NoParameters,  # type: ignore[assignment]
+    headers: type[Struct] | None = None,
+    refusals: tuple[type[MunimentError], ...] = (),
+    empty: Struct | None = None,
+) -> Callable[[Work[Q]], HTTPRouteHandler]:
+    """Make a GET route (and HEAD) for callers who may read, of a function of the call and its parameters.
+
+    `empty` is what a project without a ledger is answered; without it the answer is 404.
+    """
+
+    def route_of(function: Work[Q]) -> HTTPRouteHandler:
+        async def work(call: Call) -> Answer:
+            call.read_headers()
+            call.authenticate()
+            call.caller.require(*READERS, action="Reading")
+            parameters = read_query(call.scope["query_string"], query)
+            if await call.find_ledger() is not None:
+                return await function(call, parameters)
+            if empty is None:
+                raise NotFound(what="ledger", id=call.caller.project_id)
+            return Answer(200, encode(empty))
+
+        async def handler(request: Request[Any, Any, Any]) -> Answer:
+            return await Call(request.scope).answer(work)
+
+        operation = Operation(
+            tag=tag,
+            name=function.__name__,
+            doc=function.__doc__ or "",
+            query=query,
+            headers=headers,
+            answers=answers,
+            refusals=(*READING_REFUSALS, *refusals),
+        )
+        return route(path, http_method=READ, name=operation.name, opt={"operation": operation})(handler)
+
+    return route_of
+
+
+async def _read_on(message: Any, receive: Receive, limit_bytes: int) -> bytes:
+    """The rest of a body that comes in pieces, but no more of them than the limit and the time allow."""
+    pieces, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            while True:
+                if message["type"] != "http.request":
+                    raise MalformedRequest([{"pointer": "", "detail": "the connection closed before its end"}])
+                pieces.append(message["body"])
+                size += len(message["body"])
+                if size > limit_bytes:
+                    raise BodyTooLarge(limit_bytes=limit_bytes)
+                if not message.get("more_body"):
+                    return b"".join(pieces)
+                message = await receive()
+    except TimeoutError:
+        detail = f"it did not arrive within {BODY_SECONDS_MAX:.0f} s"
+        raise MalformedRequest([{"pointer": "", "detail": detail}]) from None
+
+
+def refuse(error: MunimentError, *, remembered: bool = False) -> Answer:
+    """The answer that says `error`."""
+    return Answer(error.status, encode(problem(error, remembered=remembered)), headers_of(error), MEDIA_TYPE)
+
+
+def uuid_of(text: str, what: str) -> UUID:
+    """The UUID that `text` is in its usual form. Anything else names nothing: NotFound."""
+    try:
+        if len(text) == 36:
+            return msgspec.convert(text, UUID)
+    except msgspec.ValidationError:
+        pass
+    raise NotFound(what=what, id=text[:100])
+
+
+def read_query(query_string: bytes, parameters: type[Q]) -> Q:
+    """The query parameters as `parameters` declares them. Raises MalformedRequest by name (`?page_size`)."""
+    sent: dict[str, str] = {}
+    if query_string:
+        try:
+            pairs = parse_qsl(query_string.decode("ascii"), True, errors="strict", max_num_fields=PARAMETERS_MAX)
+        except ValueError:
+            detail = f"it is not readable: percent-encoded UTF-8, at most {PARAMETERS_MAX} parameters"
+            raise MalformedRequest([{"pointer": "?", "detail": detail}]) from None
+        sent = dict(pairs)
+        if len(sent) != len(pairs):
+            raise MalformedRequest(
+                [{"pointer": f"?{name}", "detail": "it is there twice; send it once"} for name in repeated(pairs)]
+            )
+    return convert(sent, parameters, "?")
+
+
+def repeated(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    names = [name for name, _ in pairs]
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def convert(sent: dict[str, str], declared: type[Q], prefix: str = "") -> Q:
+    """Text values as `declared` types them. Raises MalformedRequest with `prefix` and the name at fault."""
+    try:
+        return msgspec.convert(sent, declared, strict=False)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `")
+        at, detail = pointer(path).lstrip("/"), text
+        if text.startswith("Object contains unknown field"):
+            at = text.split("`")[1]
+            detail = f"there is no such parameter; there are {', '.join(declared.__struct_encode_fields__)}"
+        raise MalformedRequest([{"pointer": f"{prefix}{at}", "detail": detail}]) from None
+
+
+def _shown(header: bytes) -> str:
+    return header[:100].decode("latin-1")
