@@ -8,6 +8,7 @@ with the command, and come out the same. A command sees the effects of those bef
 from asyncio import Future
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from types import ModuleType
 from typing import Any, Protocol
@@ -108,20 +109,24 @@ class NotLoaded(Exception):
 
 
 class Known(Protocol):
-    """What this process knows of a ledger, true at `size`."""
+    """What a batch is decided on: what this process knows of a ledger of `size` events, or a batch on its
+    way there, which will have made it that size."""
 
     project_id: str
     ledger_id: UUID
     size: int
+    recorded_at: datetime
 
-    @property
-    def streams(self) -> Mapping[UUID, Any]:
-        """States by stream; None where there is no such stream; absent where that is not known."""
+    def knows(self, stream_id: UUID) -> bool:
+        """Whether `stream` can tell."""
         ...
 
-    @property
-    def items(self) -> Mapping[UUID, Mapping[UUID, OpenItem]]:
-        """What is open under each root session that was read."""
+    def stream(self, stream_id: UUID) -> Any:
+        """The state of a stream, None where there is none. Raises NotLoaded."""
+        ...
+
+    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
+        """What is open under a root session. Raises NotLoaded."""
         ...
 
 
@@ -144,10 +149,12 @@ class Batch:
         absent: Iterable[UUID] = (),
     ) -> None:
         self._known = known
+        self.project_id = known.project_id
+        self.ledger_id = known.ledger_id
         self._refusals_left = refusals_left
         self._vault = vault
         self._retention = timedelta(days=session_retention_days)
-        self._recorded_at = recorded_at
+        self.recorded_at = recorded_at
         self.now: Stamp = stamp(recorded_at)
         self._idle_deadline: Stamp | None = None
         self.size = known.size
@@ -157,29 +164,30 @@ class Batch:
         self.receipts: dict[tuple[str, str], Receipt] = {}
         self.refused: Counter[str] = Counter()
 
+    def rebase(self, known: Known) -> None:
+        """What this batch was decided on has become part of `known`: let go of it."""
+        self._known = known
+
     # The world of a rule
 
     @property
     def idle_deadline(self) -> Stamp:
         if self._idle_deadline is None:
-            self._idle_deadline = stamp(self._recorded_at + self._retention)
+            self._idle_deadline = stamp(self.recorded_at + self._retention)
         return self._idle_deadline
 
+    def knows(self, stream_id: UUID) -> bool:
+        return stream_id in self.streams or self._known.knows(stream_id)
+
     def stream(self, stream_id: UUID) -> Any:
-        if stream_id in self.streams:
-            return self.streams[stream_id]
         try:
-            return self._known.streams[stream_id]
+            return self.streams[stream_id]
         except KeyError:
-            raise NotLoaded(stream=stream_id) from None
+            return self._known.stream(stream_id)
 
     def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
-        if root_session_id in self.items:
-            return self.items[root_session_id]
-        try:
-            return self._known.items[root_session_id]
-        except KeyError:
-            raise NotLoaded(root=root_session_id) from None
+        items = self.items.get(root_session_id)
+        return self._known.open_items(root_session_id) if items is None else items
 
     # Deciding
 
@@ -217,7 +225,7 @@ class Batch:
         if actor is not SYSTEM and not any(role in actor.roles for role in command.roles):
             raise Forbidden(action=type(command).__name__, needed=list(command.roles), roles=list(actor.roles))
         claimed = command.occurred_at
-        if claimed is not UNSET and claimed > self._recorded_at + timedelta(seconds=CLAIM_AHEAD_SECONDS):
+        if claimed is not UNSET and claimed > self.recorded_at + timedelta(seconds=CLAIM_AHEAD_SECONDS):
             detail = f"it is in the future: it is {self.now} here"
             raise MalformedRequest([{"pointer": "/occurred_at", "detail": detail}])
         state = self.stream(pending.target)
@@ -278,7 +286,7 @@ class Batch:
             command_id=command_id,
             target=target,
             canonical=asked,
-            fingerprint=self._vault.fingerprint(self._known.project_id, asked),
+            fingerprint=self._vault.fingerprint(self.project_id, asked),
         )
 
     def _refuse(self, pending: Pending, refusal: MunimentError) -> Verdict:
@@ -309,14 +317,14 @@ class Batch:
         command = pending.command
         stream_type = fact.stream_type
         if stream_type == "refusal":
-            stream_id, before = uuid5(self._known.ledger_id, f"{pending.principal}\n{pending.command_id}"), None
+            stream_id, before = uuid5(self.ledger_id, f"{pending.principal}\n{pending.command_id}"), None
         else:
             stream_id, before = pending.target, self.stream(pending.target)
         session_id, root_session_id = self._session_of(pending, fact)
         event: Event[Any] = Event(
             v=1,
-            project=self._known.project_id,
-            ledger=self._known.ledger_id,
+            project=self.project_id,
+            ledger=self.ledger_id,
             event_id=pending.event_id(index),
             stream_type=stream_type,
             stream_id=stream_id,
@@ -394,7 +402,7 @@ class Batch:
             state = self.streams[event.stream_id]
             if state.parent_session_id is None:
                 return
-            if state.root_session_id in self.items or state.root_session_id in self._known.items:
+            with suppress(NotLoaded):  # what was never read needs no keeping
                 self._items_of(state.root_session_id).pop(event.stream_id, None)
             if self.append.opened.pop(event.stream_id, None) is None:
                 self.append.closed.add(event.stream_id)

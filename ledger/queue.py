@@ -57,4 +57,7 @@ def opened(event: Event[Fact]) -> OpenItem | None:
 
 def closes(event: Event[Fact]) -> bool:
     """Whether this event ends its stream's being open."""
-    return isinstance(event.data, SessionCompleted | SessionFailed | SessionExpired | SessionCancelled)
+    return type(event.data) in _ENDINGS
+
+
+_ENDINGS = (SessionCompleted, SessionFailed, SessionExpired, SessionCancelled)

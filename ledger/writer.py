@@ -1,19 +1,19 @@
 """The group commit of one ledger: pending commands -> decide -> one append -> receipts.
 
-One batch in flight, no timer: while a batch is on its way the next one forms by itself. Decisions are
-optimistic. A batch is decided on what this process knows and appended on condition that the ledger still
-has the size it was decided on; where another process was quicker it is decided again under the ledger's
-lock, and the writer stays on that path until it has been alone for a while. Even a batch that appends
-nothing checks the size, so no answer is ever given on a stale cache. Nothing is acknowledged before its
-commit is durable; re-deciding happens here and nowhere else.
+One batch in flight, no timer: while a batch is on its way the next one forms and is decided on top of it.
+Decisions are optimistic. A batch is appended on condition that the ledger has the size it was decided on;
+where another process was quicker it is decided again under the ledger's lock, and the writer stays on that
+exact path until it has been alone for a while. Even a batch that appends nothing checks the size, so no
+answer is ever given on a stale cache. Nothing is acknowledged before its commit is durable; re-deciding
+happens here and nowhere else.
 """
 
 import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from datetime import datetime
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -22,11 +22,12 @@ import psycopg
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
+from msgspec import Struct
 from msgspec.structs import replace
 from psycopg_pool import PoolTimeout
 
 from ledger import store
-from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, NotLoaded, Pending, Verdict
+from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, Known, NotLoaded, Pending, Verdict
 from ledger.commands import Receipt
 from ledger.errors import ClockSkew, IdempotencyKeyReused, StoreUnavailable
 from ledger.postgres import Clock, Connection, Pool, store_errors
@@ -52,6 +53,15 @@ Key = tuple[str, str]
 
 class OutcomeUnknown(Exception):
     """The commit was sent, and whether it is durable was not said."""
+
+
+class Flight(Struct, eq=False):
+    """A batch on its way: decided, and appended by `job`."""
+
+    fresh: list[Pending]
+    decided: Batch
+    verdicts: list[Verdict]
+    job: asyncio.Task[bool] | None = None
 
 
 class Recent(NamedTuple):
@@ -96,7 +106,7 @@ class Writer:
         self.size = -1
         self.streams: dict[UUID, Any] = {}
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}
-        self._last_recorded_at = ledger.last_recorded_at
+        self.recorded_at = ledger.last_recorded_at
         self._pool, self._vault, self._clock, self._refusals = pool, vault, clock, refusals
         self._session_retention_days = session_retention_days
         self._announce = announce
@@ -138,52 +148,122 @@ class Writer:
             await asyncio.gather(*(job for job in (self._job, *self._recalls) if job))
 
     async def _run(self) -> None:
-        while self._queue:
-            batch = self._take()
-            try:
-                await self._commit(batch)
-            except (StoreUnavailable, ClockSkew) as error:
-                self._resolve((pending, error) for pending in batch)
-            except Exception:
-                # One command that cannot be decided or stored must not take its neighbours with it.
-                log.exception("A batch of %d commands failed; trying them one by one", len(batch))
-                await self._commit_singly([pending for pending in batch if pending.waiting])
+        """Decide one batch while the one before it is on its way.
+
+        Its append states the size that the other will have left, so if that one misses, so does this.
+        """
+        flight: Flight | None = None
+        while self._queue or flight is not None:
+            ready: Flight | None = None
+            exact: list[Pending] = []
+            if self._queue and self._alone_batches >= ALONE_AFTER_BATCHES:
+                # With nothing on its way half is sent at once, for the rest to be decided meanwhile.
+                batch = self._take(BATCH_COMMANDS_MAX if flight else (len(self._queue) + 1) // 2)
+                try:
+                    ready = await self._prepare(batch, flight.decided if flight else self)
+                except Exception as error:  # noqa: BLE001  (the exact path meets it again, and says so)
+                    log.debug("%d commands go by the exact path: %r", len(batch), error)
+                    exact = [pending for pending in batch if pending.waiting]
+            if flight is not None and not await self._landed(flight):
+                if ready is not None:
+                    exact, ready = ready.fresh, None
+                await self._settle([pending for pending in flight.fresh if pending.waiting])
+            flight = None
+            if exact:
+                await self._settle(exact)
+            elif ready is not None:
+                flight = ready
+                flight.decided.rebase(self)
+                flight.job = asyncio.create_task(self._append(flight.decided))
+            elif self._queue and self._alone_batches < ALONE_AFTER_BATCHES:
+                await self._settle(self._take(BATCH_COMMANDS_MAX))
             await asyncio.sleep(0)  # those just answered ask again before the next batch is taken
         self._job = None
 
-    def _take(self) -> list[Pending]:
+    def _take(self, commands_max: int) -> list[Pending]:
         batch: list[Pending] = []
         size = 0
-        while self._queue and len(batch) < BATCH_COMMANDS_MAX and size < BATCH_BYTES_MAX:
+        while self._queue and len(batch) < min(commands_max, BATCH_COMMANDS_MAX) and size < BATCH_BYTES_MAX:
             pending = self._queue.popleft()
             size += len(pending.canonical)
             batch.append(pending)
         return batch
 
-    async def _commit_singly(self, batch: list[Pending]) -> None:
-        for pending in batch:
-            try:
-                await self._commit([pending])
-            except (StoreUnavailable, ClockSkew) as error:
-                self._resolve([(pending, error)])
-            except Exception as error:  # noqa: BLE001  (it is raised again, in the one who asked)
-                self._waiting.pop(pending.key, None)
-                pending.fail(error)
+    # The optimistic path
 
-    # Committing
+    async def _prepare(self, batch: list[Pending], on: Known) -> Flight | None:
+        """Decide `batch` on top of `on`. No query, if nothing needs to be looked up."""
+        rows: dict[Key, CommandRow] = {}
+        doubtful = [pending.key for pending in batch if not self._surely_new(pending)]
+        if doubtful:
+            async with self._pool.connection() as connection:
+                rows = await store.find_commands(connection, self.ledger_id, doubtful)
+        fresh = [pending for pending in batch if pending.key not in rows] if rows else batch
+        self._answer_again([pending for pending in batch if pending.key in rows], rows)
+        if not fresh:
+            return None
+        absent = {p.target for p in fresh if p.command.creates and self._minted_since(p.target)}
+        return Flight(fresh, *await self._decide(None, fresh, on, absent))
+
+    async def _append(self, decided: Batch) -> bool:
+        """Append, or where there is nothing to append check the size: False if another was quicker."""
+        async with self._pool.connection() as connection:
+            connection.standby_missed = False
+            if self._clock.stale:
+                await self._clock.measure(connection)
+            if decided.append.commands:
+                unchanged = await store.append(connection, decided.append)
+            else:
+                unchanged = (await store.head(connection, self.ledger_id)).size == decided.size
+            if connection.standby_missed:
+                raise OutcomeUnknown
+        return unchanged
+
+    async def _landed(self, flight: Flight) -> bool:
+        """Answer what was on its way; False if it must be settled by the exact path."""
+        assert flight.job is not None
+        try:
+            if await flight.job:
+                self._accept(flight.decided)
+                self._resolve(zip(flight.fresh, flight.verdicts, strict=True))
+                return True
+        except psycopg.errors.UniqueViolation:
+            pass  # an id believed new was not: under the lock every id is looked up
+        except (psycopg.OperationalError, OutcomeUnknown):
+            for pending in flight.fresh:
+                pending.outcome_unknown = True
+        except Exception as error:  # noqa: BLE001  (the exact path meets it again, and says so)
+            log.debug("%d commands go by the exact path: %r", len(flight.fresh), error)
+        self._alone_batches = 0
+        return False
+
+    # The exact path
+
+    async def _settle(self, batch: list[Pending]) -> None:
+        """Have every command of `batch` answered, one way or another."""
+        try:
+            await self._commit(batch)
+        except (StoreUnavailable, ClockSkew) as error:
+            self._resolve((pending, error) for pending in batch if pending.waiting)
+        except Exception as error:
+            if len(batch) == 1:
+                self._waiting.pop(batch[0].key, None)
+                batch[0].fail(error)
+                return
+            # One command that cannot be decided or stored must not take its neighbours with it.
+            log.exception("A batch of %d commands failed; trying them one by one", len(batch))
+            for pending in batch:
+                if pending.waiting:
+                    await self._settle([pending])
 
     async def _commit(self, batch: list[Pending]) -> None:
-        """Have every command of `batch` answered. Raises what concerns them all."""
         give_up_at = time.monotonic() + RECOVERY_SECONDS
         while True:
             try:
-                if self._alone_batches >= ALONE_AFTER_BATCHES and await self._append_optimistically(batch):
-                    return
                 await self._append_locked(batch)
             except (psycopg.OperationalError, OutcomeUnknown) as error:
                 # The batch may or may not be there. Under the lock, which waits for whoever still holds
                 # the row, its command ids tell; until then nothing is repeated and nothing acknowledged.
-                self._alone_batches = 0
                 for pending in batch:
                     pending.outcome_unknown = True
                 if time.monotonic() > give_up_at:
@@ -194,36 +274,8 @@ class Writer:
             else:
                 return
 
-    async def _append_optimistically(self, batch: list[Pending]) -> bool:
-        """One round trip, if nothing needs to be looked up; False where another process was quicker."""
-        async with self._pool.connection() as connection:
-            connection.standby_missed = False
-            if self._clock.stale:
-                await self._clock.measure(connection)
-            doubtful = [pending.key for pending in batch if not self._surely_new(pending)]
-            rows = await store.find_commands(connection, self.ledger_id, doubtful)
-            fresh = [pending for pending in batch if pending.key not in rows]
-            absent = [p.target for p in fresh if p.command.creates and self._minted_since(p.target)]
-            decided, verdicts = await self._decide(connection, fresh, self._recorded_at(), absent)
-            try:
-                if decided.append.commands:
-                    unchanged = await store.append(connection, decided.append)
-                else:
-                    unchanged = (await store.head(connection, self.ledger_id)).size == self.size
-            except psycopg.errors.UniqueViolation:
-                unchanged = False  # an id believed new was not: the lock's path looks every id up
-            if connection.standby_missed:
-                raise OutcomeUnknown
-        if not unchanged:
-            self._alone_batches = 0
-            return False
-        self._accept(decided)
-        self._resolve(zip(fresh, verdicts, strict=True))
-        self._answer_again([p for p in batch if p.key in rows], rows)
-        return True
-
     async def _append_locked(self, batch: list[Pending]) -> None:
-        """The exact path: nobody else appends while this batch is decided."""
+        """Nobody else appends while this batch is decided."""
         async with self._pool.connection() as connection:
             connection.standby_missed = False
             if self._clock.stale:
@@ -232,7 +284,7 @@ class Writer:
                 await self._catch_up(connection, await store.lock(connection, self.ledger_id))
                 rows = await store.find_commands(connection, self.ledger_id, [p.key for p in batch])
                 fresh = [pending for pending in batch if pending.key not in rows]
-                decided, verdicts = await self._decide(connection, fresh, self._recorded_at())
+                decided, verdicts = await self._decide(connection, fresh, self)
                 if decided.append.commands:
                     assert await store.append(connection, decided.append), "the ledger grew under its lock"
             # From here on the batch is durable, unless the server warned that its standby is not there.
@@ -255,48 +307,70 @@ class Writer:
             else:
                 for stream_id in await store.changed_streams(connection, self.ledger_id, self.size):
                     self.streams.pop(stream_id, None)
-        self.size, self._last_recorded_at = head
+        self.size, self.recorded_at = head
+
+    # Deciding
 
     async def _decide(
-        self, connection: Connection, batch: list[Pending], recorded_at: datetime, absent: Iterable[UUID] = ()
+        self, connection: Connection | None, batch: list[Pending], on: Known, absent: Iterable[UUID] = ()
     ) -> tuple[Batch, list[Verdict]]:
-        """Decide on what is known, reading first what is not."""
-        believed_absent = {stream_id for stream_id in absent if stream_id not in self.streams}
+        """Decide on what is known, reading first what is not; on `connection` if its lock matters."""
         named = {stream_id for p in batch for stream_id in (p.target, *p.command.reads)}
-        await self._load(connection, named - believed_absent)
+        unknown = {stream_id for stream_id in named if not on.knows(stream_id)}
+        absent = unknown.intersection(absent)
+        unknown -= absent
+        recorded_at = max(self._clock.now(), on.recorded_at)
         while True:
+            if unknown:
+                await self._load(connection, unknown)
             decided = Batch(
-                self,
+                on,
                 recorded_at,
                 self._vault,
                 session_retention_days=self._session_retention_days,
                 refusals_left=lambda principal: self._refusals.left(self.ledger_id, principal),
-                absent=believed_absent,
+                absent=absent,
             )
             try:
                 return decided, [decided.decide(pending) for pending in batch]
             except NotLoaded as missing:
-                if missing.stream is not None:
-                    await self._load(connection, {missing.stream})
-                if missing.root is not None:
-                    items = await store.read_open_items(connection, self.ledger_id, [missing.root])
-                    self.items[missing.root] = {item.item_id: item for item in items}
-                    await self._load(connection, {item.item_id for item in items})
+                unknown = {missing.stream} if missing.stream else await self._load_items(connection, missing.root)
 
-    async def _load(self, connection: Connection, stream_ids: set[UUID]) -> None:
-        """Read the streams that are not known yet; one that does not exist is then known not to.
+    async def _load(self, connection: Connection | None, stream_ids: set[UUID]) -> None:
+        """Read streams; one that does not exist is then known not to.
 
         What is read may be ahead of `size`: then the append misses, and under the lock it cannot be.
         """
-        stream_ids = {stream_id for stream_id in stream_ids if stream_id not in self.streams}
-        if not stream_ids:
-            return
-        history = await store.read_streams(connection, self.ledger_id, stream_ids)
+        async with self._connected(connection) as connected:
+            history = await store.read_streams(connected, self.ledger_id, stream_ids)
         self.streams.update(dict.fromkeys(stream_ids))
         self.streams.update(fold_all(history))
 
-    def _recorded_at(self) -> datetime:
-        return max(self._clock.now(), self._last_recorded_at)
+    async def _load_items(self, connection: Connection | None, root: UUID | None) -> set[UUID]:
+        """Read what a root session has open; returns the streams of it that are not known yet."""
+        assert root is not None
+        async with self._connected(connection) as connected:
+            items = await store.read_open_items(connected, self.ledger_id, [root])
+        self.items[root] = {item.item_id: item for item in items}
+        return {item.item_id for item in items if item.item_id not in self.streams}
+
+    def _connected(self, connection: Connection | None) -> AbstractAsyncContextManager[Connection]:
+        return self._pool.connection() if connection is None else nullcontext(connection)
+
+    def knows(self, stream_id: UUID) -> bool:
+        return stream_id in self.streams
+
+    def stream(self, stream_id: UUID) -> Any:
+        try:
+            return self.streams[stream_id]
+        except KeyError:
+            raise NotLoaded(stream=stream_id) from None
+
+    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
+        try:
+            return self.items[root_session_id]
+        except KeyError:
+            raise NotLoaded(root=root_session_id) from None
 
     # What is known
 
@@ -338,7 +412,7 @@ class Writer:
         for principal, count in decided.refused.items():
             for _ in range(count):
                 self._refusals.add(self.ledger_id, principal)
-        self.size, self._last_recorded_at = decided.size, decided.append.recorded_at
+        self.size, self.recorded_at = decided.size, decided.append.recorded_at
         self._forget_oldest()
         if entries:
             self._announce(self.ledger_id)
@@ -352,7 +426,7 @@ class Writer:
                 del self._recent[key]
             # Only what was recorded after the last one forgotten is still complete. That is not kept by
             # command: the time of this batch is later than all of them.
-            self._complete_since = self._last_recorded_at.timestamp()
+            self._complete_since = self.recorded_at.timestamp()
 
     # Answering
 
