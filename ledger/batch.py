@@ -349,7 +349,7 @@ class Batch:
         )
         entry, payload = encode(event)
         sealed = event
-        if b'"$personal"' in entry or (payload is not None and b'"$personal"' in payload):
+        if b"$personal" in entry or (payload is not None and b"$personal" in payload):
             sealed = self._seal(event)
             entry, payload = encode(sealed)
         self.size += 1

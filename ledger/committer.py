@@ -130,7 +130,7 @@ class Committer:
         try:
             await self.vault.open(project_id)
             keys = None
-            if b'"$personal"' in asked:
+            if b"$personal" in asked:
                 keys = await self.vault.prepare(project_id, subjects(msgspec.json.decode(asked)))
         except UnusableKey as error:
             log.error("%s", error)

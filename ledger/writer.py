@@ -386,12 +386,13 @@ class Writer:
         if len(text) != 36 or text[14] != "7":
             return False
         try:
-            return self._minted_since(UUID(text))
+            return int(text[:8] + text[9:13], 16) / 1000 > self._complete_since
         except ValueError:
             return False
 
     def _minted_since(self, named: UUID) -> bool:
-        return named.version == 7 and (named.int >> 80) / 1000 > self._complete_since
+        """Whether `named` is a UUIDv7 (RFC 9562 s5.7: 48 bits of Unix milliseconds) of after that."""
+        return (named.int >> 76) & 0xF == 7 and (named.int >> 80) / 1000 > self._complete_since
 
     def _accept(self, decided: Batch) -> None:
         """The batch is durable: what it made is what is known from here on."""
