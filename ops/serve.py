@@ -23,13 +23,18 @@ STOP_SECONDS = 10
 
 def serve(settings: Settings) -> None:
     """Answer HTTP on `settings.host`:`settings.port` until SIGTERM or SIGINT."""
+    serve_application("ops.serve:application", settings.host, settings.port)
+
+
+def serve_application(factory: str, host: str, port: int) -> None:
+    """The same for any application; the bench's peer must be served as ours is."""
     # Not fork: by then this process has threads, whose locks a fork copies as they are.
     multiprocessing.set_start_method("spawn", force=True)
     Server(
-        "ops.serve:application",
+        factory,
         factory=True,
-        address=settings.host,
-        port=settings.port,
+        address=host,
+        port=port,
         interface=Interfaces.ASGI,
         workers=1,
         workers_kill_timeout=STOP_SECONDS,
