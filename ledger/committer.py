@@ -6,8 +6,8 @@ hands it to the writer of its project's ledger, whose group commit answers. Noth
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from uuid import UUID
 
 import msgspec
@@ -59,19 +59,22 @@ class Committer:
         nothing happened and the id is free, except that after StoreUnavailable the outcome may be
         unknown: the same id asked again tells.
         """
-        (answer,) = await self.submit_all(project_id, [command], actor, traceparent=traceparent)
-        if isinstance(answer, MunimentError):
-            raise answer
-        return answer
+        writer = await self._writer(project_id)
+        verdict = writer.submit(await self._pending(project_id, command, actor, traceparent))
+        if isinstance(verdict, asyncio.Future):
+            verdict = await verdict
+        if isinstance(verdict, MunimentError):
+            raise verdict
+        return verdict
 
     async def submit_all(
         self, project_id: str, commands: Sequence[Command], actor: Actor, *, traceparent: str | None = None
-    ) -> list[Receipt | MunimentError]:
+    ) -> list[Verdict]:
         """As `submit` for each, in order: a later one sees the effects of those before it."""
         writer = await self._writer(project_id)
         pendings = [await self._pending(project_id, command, actor, traceparent) for command in commands]
         answers = [writer.submit(pending) for pending in pendings]
-        return [await _outcome(answer) for answer in answers]
+        return [await answer if isinstance(answer, asyncio.Future) else answer for answer in answers]
 
     async def receipt(self, project_id: str, principal: str, command_id: str) -> Receipt | None:
         """What became of a command of `principal`, if it was ever answered and recorded."""
@@ -109,6 +112,8 @@ class Committer:
                         ledger = await store.create_ledger(connection, project_id)
             if ledger is None or ledger.is_foreign:
                 raise UnknownProject(project=project_id)
+            with _key_errors():
+                await self.vault.open(project_id)
             writer = Writer(
                 project_id,
                 ledger,
@@ -127,14 +132,10 @@ class Committer:
         expected = command.expected_version
         command.command_id = command.expected_version = UNSET
         asked = canonical(command)
-        try:
-            await self.vault.open(project_id)
-            keys = None
-            if b"$personal" in asked:
+        keys = None
+        if b"$personal" in asked:
+            with _key_errors():
                 keys = await self.vault.prepare(project_id, subjects(msgspec.json.decode(asked)))
-        except UnusableKey as error:
-            log.error("%s", error)
-            raise StoreUnavailable(why="The key of this project is not usable here; its operator must act") from error
         target = command.target
         return Pending(
             command=command,
@@ -164,5 +165,11 @@ class Committer:
             await asyncio.sleep(ANNOUNCE_SECONDS)
 
 
-async def _outcome(answer: Verdict | asyncio.Future[Verdict]) -> Verdict:
-    return await answer if isinstance(answer, asyncio.Future) else answer
+@contextmanager
+def _key_errors() -> Iterator[None]:
+    """A key that cannot be used is for the operator's log; the caller hears that nothing happened."""
+    try:
+        yield
+    except UnusableKey as error:
+        log.error("%s", error)
+        raise StoreUnavailable(why="The key of this project is not usable here; its operator must act") from error
