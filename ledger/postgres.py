@@ -8,7 +8,7 @@ are always bound.
 import re
 import struct
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -152,6 +152,9 @@ class Smallints(Packed): ...
 class Bigints(Packed): ...
 
 
+class Tsvectors(Packed): ...
+
+
 # Element type and array type of each (pg_type.dat; they never change).
 _OIDS: dict[type[Packed], tuple[int, int]] = {
     Uuids: (2950, 2951),
@@ -159,6 +162,7 @@ _OIDS: dict[type[Packed], tuple[int, int]] = {
     Byteas: (17, 1001),
     Smallints: (21, 1005),
     Bigints: (20, 1016),
+    Tsvectors: (3614, 3643),
 }
 _head = struct.Struct(">iiiii").pack
 _length = struct.Struct(">i").pack
@@ -188,6 +192,15 @@ def smallints(values: Iterable[int]) -> Smallints:
 
 def bigints(values: Iterable[int]) -> Bigints:
     return _pack(Bigints, [_bigint(8, v) for v in values])
+
+
+def tsvectors(values: Iterable[Collection[str]]) -> Tsvectors:
+    """Each a set of lexemes without positions: how many, then each closed by a NUL and a count of 0.
+
+    A lexeme must be 1 to 2,046 bytes without a NUL (`tsvectorrecv` in src/backend/utils/adt/tsvector.c).
+    """
+    packed = [_length(len(v)) + "".join([f"{lexeme}\0\0\0" for lexeme in v]).encode() for v in values]
+    return _pack(Tsvectors, [_length(len(b)) + b for b in packed])
 
 
 def _register(cls: type[Packed], array_oid: int) -> None:

@@ -1,10 +1,18 @@
 -- The sum of the migrations, written by `make schema` with PostgreSQL 18.
 
+CREATE SCHEMA audit;
+
 CREATE SCHEMA keys;
 
 CREATE SCHEMA ledger;
 
 CREATE SCHEMA muniment;
+
+CREATE SCHEMA projections;
+
+CREATE SCHEMA records;
+
+CREATE SCHEMA sessions;
 
 CREATE FUNCTION ledger.refuse_change() RETURNS trigger
     LANGUAGE plpgsql
@@ -14,6 +22,15 @@ BEGIN
         USING ERRCODE = 'insufficient_privilege';
 END
 $$;
+
+CREATE TABLE audit.events (
+    ledger_id uuid NOT NULL,
+    "position" bigint NOT NULL,
+    recorded_at timestamp with time zone NOT NULL,
+    type text NOT NULL,
+    principal text NOT NULL,
+    terms tsvector NOT NULL
+);
 
 CREATE TABLE keys.data_keys (
     project_id text NOT NULL,
@@ -107,6 +124,56 @@ CREATE TABLE muniment.migrations (
     applied_at timestamp with time zone DEFAULT now() NOT NULL
 );
 
+CREATE TABLE projections.leases (
+    job text NOT NULL,
+    holder text NOT NULL,
+    fence bigint NOT NULL,
+    until timestamp with time zone NOT NULL
+)
+WITH (fillfactor='10', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_scale_factor='0');
+
+CREATE TABLE projections.positions (
+    view text NOT NULL,
+    ledger_id uuid NOT NULL,
+    "position" bigint DEFAULT 0 NOT NULL,
+    parked_position bigint,
+    parked_reason text,
+    parked_at timestamp with time zone,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL
+)
+WITH (fillfactor='10', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_scale_factor='0');
+
+CREATE TABLE records.records (
+    ledger_id uuid NOT NULL,
+    "position" bigint NOT NULL,
+    recorded_at timestamp with time zone NOT NULL,
+    terms tsvector NOT NULL
+);
+
+CREATE TABLE sessions.labels (
+    ledger_id uuid NOT NULL,
+    key text NOT NULL,
+    value text NOT NULL,
+    opened_at timestamp with time zone NOT NULL,
+    "position" bigint NOT NULL,
+    session_id uuid NOT NULL
+);
+
+CREATE TABLE sessions.sessions (
+    ledger_id uuid NOT NULL,
+    session_id uuid NOT NULL,
+    "position" bigint NOT NULL,
+    opened_at timestamp with time zone NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    state text NOT NULL,
+    agent_role text NOT NULL,
+    session bytea NOT NULL
+)
+WITH (fillfactor='75');
+
+ALTER TABLE ONLY audit.events
+    ADD CONSTRAINT events_pkey PRIMARY KEY (ledger_id, "position");
+
 ALTER TABLE ONLY keys.data_keys
     ADD CONSTRAINT data_keys_pkey PRIMARY KEY (project_id, subject, key);
 
@@ -140,7 +207,36 @@ ALTER TABLE ONLY muniment.deployment
 ALTER TABLE ONLY muniment.migrations
     ADD CONSTRAINT migrations_pkey PRIMARY KEY (name);
 
+ALTER TABLE ONLY projections.leases
+    ADD CONSTRAINT leases_pkey PRIMARY KEY (job);
+
+ALTER TABLE ONLY projections.positions
+    ADD CONSTRAINT positions_pkey PRIMARY KEY (view, ledger_id);
+
+ALTER TABLE ONLY records.records
+    ADD CONSTRAINT records_pkey PRIMARY KEY (ledger_id, "position");
+
+ALTER TABLE ONLY sessions.labels
+    ADD CONSTRAINT labels_pkey PRIMARY KEY (ledger_id, key, value, opened_at, "position");
+
+ALTER TABLE ONLY sessions.sessions
+    ADD CONSTRAINT sessions_pkey PRIMARY KEY (ledger_id, session_id);
+
+CREATE INDEX events_by_term ON audit.events USING gin (terms) WITH (gin_pending_list_limit='65536');
+
 CREATE INDEX open_items_by_root ON ledger.open_items USING btree (ledger_id, root_session_id);
+
+CREATE INDEX records_by_term ON records.records USING gin (terms) WITH (gin_pending_list_limit='65536');
+
+CREATE INDEX sessions_by_role ON sessions.sessions USING btree (ledger_id, agent_role, opened_at, "position");
+
+CREATE INDEX sessions_by_role_and_state ON sessions.sessions USING btree (ledger_id, agent_role, state, opened_at, "position");
+
+CREATE INDEX sessions_by_state ON sessions.sessions USING btree (ledger_id, state, opened_at, "position");
+
+CREATE INDEX sessions_by_time ON sessions.sessions USING btree (ledger_id, opened_at, "position");
+
+CREATE INDEX sessions_due ON sessions.sessions USING btree (expires_at) WHERE (state = ANY (ARRAY['pending'::text, 'active'::text]));
 
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.commands FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
 
@@ -150,11 +246,21 @@ CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.payload
 
 CREATE TRIGGER kept BEFORE DELETE OR TRUNCATE ON ledger.ledgers FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
 
+GRANT USAGE ON SCHEMA audit TO muniment_api;
+
 GRANT USAGE ON SCHEMA keys TO muniment_api;
 
 GRANT USAGE ON SCHEMA ledger TO muniment_api;
 
 GRANT USAGE ON SCHEMA muniment TO PUBLIC;
+
+GRANT USAGE ON SCHEMA projections TO muniment_api;
+
+GRANT USAGE ON SCHEMA records TO muniment_api;
+
+GRANT USAGE ON SCHEMA sessions TO muniment_api;
+
+GRANT SELECT ON TABLE audit.events TO muniment_api;
 
 GRANT SELECT,INSERT ON TABLE keys.data_keys TO muniment_api;
 
@@ -177,3 +283,19 @@ GRANT SELECT,INSERT ON TABLE ledger.payloads TO muniment_api;
 GRANT SELECT ON TABLE muniment.deployment TO PUBLIC;
 
 GRANT SELECT ON TABLE muniment.migrations TO PUBLIC;
+
+GRANT SELECT ON TABLE projections.leases TO muniment_api;
+GRANT INSERT,DELETE,UPDATE ON TABLE projections.leases TO muniment_worker;
+
+GRANT SELECT ON TABLE projections.positions TO muniment_api;
+GRANT INSERT,DELETE,UPDATE ON TABLE projections.positions TO muniment_worker;
+
+GRANT SELECT ON TABLE records.records TO muniment_api;
+
+GRANT SELECT ON TABLE sessions.labels TO muniment_api;
+
+GRANT SELECT ON TABLE sessions.sessions TO muniment_api;
+
+ALTER DEFAULT PRIVILEGES FOR ROLE muniment_worker GRANT USAGE ON SCHEMAS TO muniment_api;
+
+ALTER DEFAULT PRIVILEGES FOR ROLE muniment_worker GRANT SELECT ON TABLES TO muniment_api;

@@ -1,1 +1,16 @@
-"""What it looks like: views built from the ledger, all of them disposable."""
+"""What it looks like: views built from the ledger, all of them disposable.
+
+A view is one module here with its `.sql`, registered in VIEWS, and one schema of its name, in which its tables
+have names that no other view's have. Nothing decides anything by a view.
+"""
+
+from collections.abc import Mapping
+
+from projections import audit, records, sessions
+from projections.freshness import Freshness, Health, caught_up, health
+from projections.projector import Projector, View
+
+VIEWS: Mapping[str, View] = {"sessions": sessions, "records": records, "audit": audit}
+"""Every view, by the name of its schema."""
+
+__all__ = ["VIEWS", "Freshness", "Health", "Projector", "View", "audit", "caught_up", "health", "records", "sessions"]

@@ -1,0 +1,25 @@
+-- name: save
+INSERT INTO events (ledger_id, position, recorded_at, type, principal, terms)
+SELECT %(ledger_id)s, e.position, e.recorded_at::timestamptz, e.type, e.principal, e.terms
+FROM unnest(%(positions)s, %(recorded_ats)s, %(types)s, %(principals)s, %(terms)s)
+    AS e (position, recorded_at, type, principal, terms)
+
+-- name: count
+-- Who did what, over all of a stretch.
+SELECT type, principal, count(*) FROM (
+    SELECT type, principal FROM audit.events
+    WHERE ledger_id = %(ledger_id)s AND position >= %(first)s AND position < %(end)s
+    ORDER BY position DESC LIMIT %(limit)s
+) AS found
+GROUP BY type, principal
+
+-- name: count_found
+-- Who did what, among those found; see `find` in terms.sql.
+SELECT type, principal, count(*) FROM (
+    SELECT type, principal FROM (
+        SELECT ledger_id, position, type, principal FROM audit.events WHERE terms @@ %(query)s::tsquery OFFSET 0
+    ) AS matching
+    WHERE ledger_id = %(ledger_id)s AND position >= %(first)s AND position < %(end)s
+    LIMIT %(limit)s
+) AS found
+GROUP BY type, principal

@@ -1,0 +1,163 @@
+"""How far the views have come: waiting until one has caught up, and saying how far all are behind.
+
+A reader sees at least what was committed when it asked, or is told how much is missing. However many wait in
+this process, one query at a time looks for all of them. Nothing here writes.
+"""
+
+import asyncio
+from collections.abc import Collection
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+import msgspec
+from msgspec import Struct
+
+from ledger.errors import ViewBehind
+from ledger.events import Stamp, moment
+from ledger.postgres import Connection, Pool, queries, store_errors, texts, uuids
+
+SQL = queries("projections", "freshness")
+
+HEAD_SECONDS_MAX = 0.25
+POSITION_SECONDS_MAX = 1.0
+LOOK_SECONDS = 0.003
+
+
+class Freshness(NamedTuple):
+    """Where a view stands, against where its ledger stood when it was asked."""
+
+    position: int
+    head: int
+    is_parked: bool
+
+    @property
+    def behind(self) -> int:
+        """How many events that were there when it was asked are not in the view."""
+        return max(0, self.head - self.position)
+
+
+class Health(Struct, kw_only=True, frozen=True):
+    """How a view does over all ledgers.
+
+    `lag_seconds` is how long the first event that is not in it has waited. `state`: running; degraded where a
+    part is parked, in the projects named; stopped where no worker runs.
+    """
+
+    lag_events: int
+    lag_seconds: float
+    state: str
+    parked_projects: list[str]
+
+
+async def caught_up(
+    pool: Pool, view: str, ledger_id: UUID, *, min_position: int | None = None, timeout_seconds: float | None = None
+) -> Freshness:
+    """Wait until `view` has come to the head that the ledger has now, but 250 ms at most; then say where it is.
+
+    With `min_position`, wait for that position, 1 s at most; 0 never waits. `timeout_seconds` overrides either.
+    A parked view is not waited for. Raises ViewBehind where `min_position` is not reached; StoreUnavailable.
+    """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    watch = _watches.get(pool)
+    if watch is None:
+        watch = _watches[pool] = _Watch()
+    seen = await watch.look(pool, view, ledger_id)
+    head = seen.head
+    if timeout_seconds is None:
+        timeout_seconds = HEAD_SECONDS_MAX if min_position is None else POSITION_SECONDS_MAX
+    wanted = head if min_position is None else min_position
+    while seen.position < wanted and not seen.is_parked and loop.time() - began < timeout_seconds:
+        # All wait for the same ticks, so that one look serves them all.
+        await asyncio.sleep(LOOK_SECONDS - loop.time() % LOOK_SECONDS)
+        seen = await watch.look(pool, view, ledger_id)
+    if min_position is not None and seen.position < min_position:
+        raise ViewBehind(view=view, position=seen.position, wanted=min_position)
+    return seen._replace(head=head)
+
+
+class _Round:
+    """One query for all who asked before it was sent."""
+
+    def __init__(self) -> None:
+        self.asked: set[tuple[str, UUID]] = set()
+        self.answer: asyncio.Future[dict[tuple[str, UUID], Freshness]] = asyncio.get_running_loop().create_future()
+
+
+class _Watch:
+    """Looks for everyone in this process who reads through one pool, one query at a time."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = asyncio.Lock()
+        self._next: _Round | None = None
+        self._rounds: set[asyncio.Task[None]] = set()
+
+    async def look(self, pool: Pool, view: str, ledger_id: UUID) -> Freshness:
+        """What is true at some time after now. Raises StoreUnavailable."""
+        round_ = self._next
+        if round_ is None:
+            round_ = self._next = _Round()
+            task = asyncio.create_task(self._run(pool, round_))
+            self._rounds.add(task)
+            task.add_done_callback(self._rounds.discard)
+        round_.asked.add((view, ledger_id))
+        # Who goes away must not take the answer from the others.
+        return (await asyncio.shield(round_.answer))[view, ledger_id]
+
+    async def _run(self, pool: Pool, round_: _Round) -> None:
+        try:
+            async with self._one_at_a_time:
+                with store_errors():
+                    async with pool.connection() as connection:
+                        self._next = None  # whoever asks from here on must see what is committed by then
+                        round_.answer.set_result(await _look(connection, round_.asked))
+        except Exception as error:  # noqa: BLE001  (it is raised in each one who asked)
+            if self._next is round_:
+                self._next = None
+            round_.answer.set_exception(error)
+            round_.answer.exception()  # asked for here, in case all who waited have gone
+
+
+_watches: WeakKeyDictionary[Pool, _Watch] = WeakKeyDictionary()
+
+
+async def _look(connection: Connection, asked: Collection[tuple[str, UUID]]) -> dict[tuple[str, UUID], Freshness]:
+    views, ledger_ids = zip(*asked, strict=True)
+    values = {"views": texts(views), "ledger_ids": uuids(ledger_ids)}
+    cursor = await connection.execute(SQL.look, values, prepare=True, binary=True)
+    return {
+        (view, ledger_id): Freshness(position, head, parked)
+        for view, ledger_id, position, head, parked in await cursor.fetchall()
+    }
+
+
+class _Recorded(Struct):
+    recorded_at: Stamp
+
+
+async def health(connection: Connection, views: Collection[str]) -> dict[str, Health]:
+    """How each of these views does, in three short queries."""
+    values = {"views": texts(views)}
+    (runs, now) = (await (await connection.execute(SQL.is_running)).fetchall())[0]
+    waits = dict.fromkeys(views, 0.0)
+    for view, entry in await (await connection.execute(SQL.waiting, values)).fetchall():
+        waits[view] = max(waits[view], _seconds_since(entry, now))
+    lags = {
+        view: (lag, parked or []) for view, lag, parked in await (await connection.execute(SQL.lag, values)).fetchall()
+    }
+    healths = {}
+    for view in views:
+        lag, parked = lags.get(view, (0, []))
+        state = "stopped" if not runs else "degraded" if parked else "running"
+        healths[view] = Health(lag_events=lag, lag_seconds=waits[view], state=state, parked_projects=parked)
+    return healths
+
+
+def _seconds_since(entry: bytes, now: datetime) -> float:
+    try:
+        recorded_at = moment(msgspec.json.decode(entry, type=_Recorded).recorded_at)
+    except (msgspec.MsgspecError, ValueError):
+        return 0.0  # its bytes are not what was written: a matter for whoever verifies the ledger
+    return max(0.0, round((now - recorded_at).total_seconds(), 3))

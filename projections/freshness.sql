@@ -1,0 +1,33 @@
+-- name: look
+-- The head of each ledger and how far the view asked for has come in it.
+SELECT a.view, a.ledger_id, coalesce(p.position, 0), coalesce(l.size, 0), p.parked_position IS NOT NULL
+FROM unnest(%(views)s, %(ledger_ids)s) AS a (view, ledger_id)
+LEFT JOIN ledger.ledgers AS l ON l.ledger_id = a.ledger_id
+LEFT JOIN projections.positions AS p ON p.view = a.view AND p.ledger_id = a.ledger_id
+
+-- name: lag
+-- By view: how many events are not in it yet, and the ledgers it is parked in.
+SELECT
+    v.view, sum(l.size - coalesce(p.position, 0))::bigint,
+    array_agg(l.project_id ORDER BY l.project_id) FILTER (WHERE p.parked_position IS NOT NULL)
+FROM unnest(%(views)s) AS v (view)
+CROSS JOIN ledger.ledgers AS l
+LEFT JOIN projections.positions AS p ON p.view = v.view AND p.ledger_id = l.ledger_id
+WHERE NOT l.is_foreign
+GROUP BY v.view
+
+-- name: waiting
+-- The first event that waits, where some do; of very many ledgers, those whose view has not moved for longest.
+SELECT b.view, e.entry
+FROM (
+    SELECT v.view, l.ledger_id, coalesce(p.position, 0) + 1 AS position
+    FROM unnest(%(views)s) AS v (view)
+    CROSS JOIN ledger.ledgers AS l
+    LEFT JOIN projections.positions AS p ON p.view = v.view AND p.ledger_id = l.ledger_id
+    WHERE NOT l.is_foreign AND coalesce(p.position, 0) < l.size
+    ORDER BY p.updated_at NULLS FIRST LIMIT 20
+) AS b
+JOIN ledger.events AS e ON e.ledger_id = b.ledger_id AND e.position = b.position
+
+-- name: is_running
+SELECT EXISTS (SELECT FROM projections.leases WHERE job = 'projector' AND until > now()), now()

@@ -1,0 +1,307 @@
+"""The projector: the one loop that brings every view to the end of every ledger.
+
+Woken by NOTIFY and, as the net, by looking now and then, it reads a ledger after the views' position, projects,
+and saves the position in the transaction of the rows: killed anywhere, it goes on where the rows are. An event
+that cannot be projected stops that ledger's part of that view, just before it, and nothing else. One projector
+runs at a time (a lease sees to it), but nothing breaks where two do: a position moves only from where it was.
+What a view makes of an event may not stand here.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any, Protocol
+from uuid import UUID
+
+import psycopg
+from msgspec import Struct
+from psycopg_pool import PoolTimeout
+
+from ledger.events import Recorded
+from ledger.postgres import Connection, Pool, queries
+from ledger.store import Stored
+
+log = logging.getLogger(__name__)
+
+SQL = queries("projections", "projector")
+
+BATCH_EVENTS_MAX = 1000
+BATCH_BYTES_MAX = 16 * 2**20
+LEDGERS_AT_ONCE = 4
+POLL_SECONDS = 0.1
+RETRY_SECONDS = 1.0
+RETRY_PARKED_SECONDS = 60.0
+TIDY_SECONDS = 0.5
+
+REST_SECONDS = (0.002, 0.02)
+"""After a batch a ledger rests for as long as that took, within these bounds: a few milliseconds let the next
+batch become larger, and half of one core is left for those who wait for answers."""
+
+TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycopg.ProgrammingError)
+"""The database's trouble, not an event's: it is tried again, and nothing is parked."""
+
+
+class View(Protocol):
+    """What a view must offer to be projected."""
+
+    async def project(self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> None:
+        """Bring the view from just before `batch` to just after it, within the caller's transaction."""
+        ...
+
+
+class Overtaken(Exception):
+    """A view is not where this projector believed: another one has moved it."""
+
+
+class Gap(Exception):
+    """The ledger does not go on with the next position: an event is missing."""
+
+
+class Place(Struct):
+    """Where a view stands in a ledger."""
+
+    position: int
+    parked: bool
+
+
+class Projector:
+    """Keeps `views` at the end of every ledger. See `run`."""
+
+    def __init__(self, pool: Pool, views: Mapping[str, View], *, listen_to: str | None = None) -> None:
+        self._pool = pool
+        self._views = views
+        self._listen_to = listen_to
+        self._places: dict[UUID, dict[str, Place]] = {}
+        # A ledger is here while it waits, is worked on, or rests; True: it grew since it was last read.
+        self._busy: dict[UUID, bool] = {}
+        self._waiting: asyncio.Queue[UUID] = asyncio.Queue()
+        self._look = asyncio.Event()
+        self._untidy = False
+        self._said: dict[object, str] = {}
+
+    async def run(self) -> None:
+        """Until cancelled. `listen_to`, a connection string without a pooler between, only makes it quicker."""
+        async with asyncio.TaskGroup() as jobs:
+            jobs.create_task(self._poll())
+            jobs.create_task(self._retry_parked())
+            jobs.create_task(self._tidy())
+            if self._listen_to:
+                jobs.create_task(self._listen(self._listen_to))
+            for _ in range(LEDGERS_AT_ONCE):
+                jobs.create_task(self._work())
+
+    # Which ledgers
+
+    def _wake(self, ledger_id: UUID) -> None:
+        if ledger_id in self._busy:
+            self._busy[ledger_id] = True
+        else:
+            self._busy[ledger_id] = False
+            self._waiting.put_nowait(ledger_id)
+
+    async def _listen(self, conninfo: str) -> None:
+        while True:
+            with suppress(psycopg.Error):
+                async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as connection:
+                    await connection.execute("LISTEN ledger")
+                    self._look.set()  # what was announced before we listened
+                    async for notify in connection.notifies():
+                        for ledger_id in notify.payload.split(","):
+                            with suppress(ValueError):
+                                self._wake(UUID(ledger_id))
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _poll(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._look.clear()
+            began = loop.time()
+            try:
+                for (ledger_id,) in await self._fetch(SQL.behind):
+                    self._wake(ledger_id)
+                self._say("database", "")
+            except TROUBLE as error:
+                self._say("database", f"the database cannot be read: {error}")
+                await asyncio.sleep(RETRY_SECONDS)
+            # Where there are very many ledgers, looking costs: then it is done less often.
+            pause = max(POLL_SECONDS, 20 * (loop.time() - began))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), pause)
+
+    async def _retry_parked(self) -> None:
+        while True:
+            with suppress(*TROUBLE):
+                for (ledger_id,) in await self._fetch(SQL.parked):
+                    for place in self._places.get(ledger_id, {}).values():
+                        place.parked = False
+                    self._wake(ledger_id)
+            await asyncio.sleep(RETRY_PARKED_SECONDS)
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            if self._untidy:
+                self._untidy = False
+                with suppress(*TROUBLE):
+                    await self._fetch(SQL.tidy)
+
+    async def _fetch(self, query: Any) -> list[tuple[Any, ...]]:
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(query, {"views": list(self._views)}, prepare=True)
+            return await cursor.fetchall()
+
+    # One ledger
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            ledger_id = await self._waiting.get()
+            self._busy[ledger_id] = False
+            began = loop.time()
+            try:
+                events = await self.advance(ledger_id)
+                self._say(ledger_id, "")
+            except TROUBLE as error:
+                self._say(ledger_id, f"the views of ledger {ledger_id} cannot be written: {error}")
+                loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, ledger_id)
+                continue
+            except Overtaken:
+                # We look again where it stands; who holds the lease is settled elsewhere.
+                self._places.pop(ledger_id, None)
+                events = 1
+            if events or self._busy[ledger_id]:
+                rest = (
+                    0.0
+                    if events >= BATCH_EVENTS_MAX
+                    else min(max(loop.time() - began, REST_SECONDS[0]), REST_SECONDS[1])
+                )
+                loop.call_later(rest, self._waiting.put_nowait, ledger_id)
+            else:
+                del self._busy[ledger_id]
+
+    async def advance(self, ledger_id: UUID) -> int:
+        """One batch for every group of views that stand at the same place; answers how many events that was.
+
+        Raises Overtaken, and whatever of TROUBLE the database has.
+        """
+        async with self._pool.connection() as connection:
+            if ledger_id not in self._places:
+                self._places[ledger_id] = await self._load_places(connection, ledger_id)
+            events = 0
+            for position, limit, names in _groups(self._places[ledger_id]):
+                batch, failure = _decode(await self._read(connection, ledger_id, position, limit), position)
+                if batch:
+                    await self._apply(connection, ledger_id, names, batch)
+                if failure is not None:
+                    reached = position + len(batch)
+                    for name in names:
+                        if self._places[ledger_id][name].position == reached:
+                            await self._park(connection, ledger_id, name, failure)
+                events += len(batch)
+            return events
+
+    async def _load_places(self, connection: Connection, ledger_id: UUID) -> dict[str, Place]:
+        values = {"ledger_id": ledger_id, "views": list(self._views)}
+        await connection.execute(SQL.begin, values)
+        rows = await (await connection.execute(SQL.places, values)).fetchall()
+        # What was parked is tried once more by whoever starts: the code may be newer by now.
+        return {name: Place(position, False) for name, position, _ in rows}
+
+    async def _read(self, connection: Connection, ledger_id: UUID, after: int, limit: int) -> list[Stored]:
+        values = {"ledger_id": ledger_id, "after": after, "limit": limit, "bytes": BATCH_BYTES_MAX}
+        cursor = await connection.execute(SQL.read, values, prepare=True, binary=True)
+        return [Stored(*row) for row in await cursor.fetchall()]
+
+    async def _apply(
+        self, connection: Connection, ledger_id: UUID, names: Sequence[str], batch: Sequence[Recorded]
+    ) -> None:
+        """Project `batch` into these views; where one of its events cannot be, up to that event, and park."""
+        try:
+            await self._commit(connection, ledger_id, names, batch)
+        except psycopg.errors.ProgramLimitExceeded as error:
+            failure: Exception = error  # the server's limit, but this event's doing
+        except (Overtaken, *TROUBLE):
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is kept and shown as the reason)
+            failure = error
+        else:
+            return
+        if len(names) > 1:
+            for name in names:
+                await self._apply(connection, ledger_id, [name], batch)
+        elif len(batch) > 1:
+            middle = len(batch) // 2
+            await self._apply(connection, ledger_id, names, batch[:middle])
+            if not self._places[ledger_id][names[0]].parked:
+                await self._apply(connection, ledger_id, names, batch[middle:])
+        else:
+            await self._park(connection, ledger_id, names[0], failure)
+
+    async def _commit(
+        self, connection: Connection, ledger_id: UUID, names: Sequence[str], batch: Sequence[Recorded]
+    ) -> None:
+        reached = batch[-1].position
+        values = {
+            "ledger_id": ledger_id,
+            "views": list(names),
+            "expected": batch[0].position - 1,
+            "reached": reached,
+            "schemas": ", ".join(names),
+        }
+        async with connection.pipeline(), connection.transaction():
+            advanced = await connection.execute(SQL.advance, values, prepare=True)
+            for name in names:
+                await self._views[name].project(connection, ledger_id, batch)
+            if len(await advanced.fetchall()) != len(names):
+                raise Overtaken
+        # Dying before the commit leaves rows and position as they were; after it, both as they are.
+        for name in names:
+            self._places[ledger_id][name].position = reached
+        self._untidy = True
+
+    async def _park(self, connection: Connection, ledger_id: UUID, name: str, failure: Exception) -> None:
+        place = self._places[ledger_id][name]
+        place.parked = True
+        reason = f"{type(failure).__name__}: {failure}".replace("\0", "\ufffd")[:2000]
+        values = {"ledger_id": ledger_id, "view": name, "expected": place.position, "reason": reason}
+        await connection.execute(SQL.park, values)
+        self._say(
+            (ledger_id, name),
+            f"the view {name} of ledger {ledger_id} is parked before event {place.position + 1}: {reason}",
+            failure,
+        )
+
+    def _say(self, topic: object, text: str, error: Exception | None = None) -> None:
+        """Log what is wrong when it begins or changes, not each time it is met."""
+        if self._said.pop(topic, "") != text and text:
+            log.error(text, exc_info=error)
+        if text:
+            self._said[topic] = text
+
+
+def _groups(places: Mapping[str, Place]) -> Iterator[tuple[int, int, list[str]]]:
+    """The views that go on together: where they stand, how many events at most, their names.
+
+    One that is behind goes on by itself, and just as far as the next, so that they meet.
+    """
+    going = {name: place.position for name, place in places.items() if not place.parked}
+    positions = sorted(set(going.values()))
+    for position, following in pairwise([*positions, None]):
+        assert position is not None
+        limit = BATCH_EVENTS_MAX if following is None else min(BATCH_EVENTS_MAX, following - position)
+        yield position, limit, [name for name in going if going[name] == position]
+
+
+def _decode(rows: Sequence[Stored], after: int) -> tuple[list[Recorded], Exception | None]:
+    """The events of `rows`, up to one that cannot be read or does not come next; and what is wrong with that."""
+    batch: list[Recorded] = []
+    for expected, row in enumerate(rows, after + 1):
+        try:
+            if row.position != expected:
+                raise Gap(f"event {expected} is not there; the next one is {row.position}")
+            batch.append(row.decode())
+        except Exception as error:  # noqa: BLE001  (as above)
+            return batch, error
+    return batch, None

@@ -1,0 +1,64 @@
+-- name: behind
+-- The ledgers in which some view has not come to the end, but for what is parked.
+SELECT l.ledger_id FROM ledger.ledgers AS l
+WHERE l.size > 0 AND NOT l.is_foreign AND (
+    SELECT count(*) FROM projections.positions AS p
+    WHERE p.ledger_id = l.ledger_id AND p.view = ANY(%(views)s)
+    AND (p.position = l.size OR p.parked_position IS NOT NULL)
+) < cardinality(%(views)s)
+
+-- name: begin
+-- A place for each view in a ledger that the projector has not met. A foreign ledger has none: its events are
+-- not ours to read.
+INSERT INTO projections.positions (view, ledger_id)
+SELECT v.view, l.ledger_id FROM ledger.ledgers AS l CROSS JOIN unnest(%(views)s::text[]) AS v (view)
+WHERE l.ledger_id = %(ledger_id)s AND NOT l.is_foreign
+ON CONFLICT DO NOTHING
+
+-- name: places
+SELECT view, position, parked_position IS NOT NULL FROM projections.positions
+WHERE ledger_id = %(ledger_id)s AND view = ANY(%(views)s)
+
+-- name: read
+-- The next events, so many or so large at most, and one at least. octet_length does not read what is stored out
+-- of line.
+SELECT position, type, entry, data FROM (
+    SELECT
+        e.position, e.type, e.entry, p.data,
+        sum(octet_length(e.entry) + coalesce(octet_length(p.data), 0)) OVER before AS bytes_before
+    FROM (
+        SELECT ledger_id, position, type, entry FROM ledger.events
+        WHERE ledger_id = %(ledger_id)s AND position > %(after)s
+        ORDER BY position LIMIT %(limit)s
+    ) AS e
+    LEFT JOIN ledger.payloads AS p ON p.ledger_id = e.ledger_id AND p.position = e.position
+    WINDOW before AS (ORDER BY e.position ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
+) AS next
+WHERE (bytes_before < %(bytes)s) IS NOT FALSE
+ORDER BY position
+
+-- name: advance
+-- Save how far these views have come, if they are still where this projector believes: if not, another one runs,
+-- and nothing of this transaction may stay. The lock on the rows makes it wait for us, or us for it. The
+-- transaction need not reach the disk before it ends: what a crash takes back, it takes back together.
+UPDATE projections.positions
+SET position = %(reached)s, parked_position = NULL, parked_reason = NULL, parked_at = NULL, updated_at = now()
+WHERE ledger_id = %(ledger_id)s AND view = ANY(%(views)s) AND position = %(expected)s
+RETURNING set_config('synchronous_commit', 'off', true), set_config('search_path', %(schemas)s, true)
+
+-- name: park
+UPDATE projections.positions
+SET parked_position = position + 1, parked_reason = %(reason)s, parked_at = coalesce(parked_at, now())
+WHERE ledger_id = %(ledger_id)s AND view = %(view)s AND position = %(expected)s
+
+-- name: parked
+SELECT DISTINCT ledger_id FROM projections.positions WHERE view = ANY(%(views)s) AND parked_position IS NOT NULL
+
+-- name: tidy
+-- Sort what was written into the inverted indexes, beside the writes: see migrations/0003.
+SELECT gin_clean_pending_list(i.indexrelid)
+FROM pg_index AS i
+JOIN pg_class AS c ON c.oid = i.indexrelid
+JOIN pg_am AS m ON m.oid = c.relam
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE m.amname = 'gin' AND n.nspname = ANY(%(views)s)

@@ -1,0 +1,125 @@
+"""The view `records`: where each record stands, to be listed by session, kind, actor, ref and time.
+
+A record is written once, and the ledger holds it: the view keeps no second copy of a body, only the terms it
+is found by (`terms.py`). What is shown is read from the ledger and made by `ledger.record.evolve`.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+from msgspec import Struct
+
+from ledger import record, store
+from ledger.events import FactRecorded, Recorded
+from ledger.postgres import Connection, bigints, queries, texts, tsvectors
+from ledger.record import RecordedFact
+from projections.terms import Index, Order, event_terms, has, has_actor, term
+
+SQL = queries("projections", "records")
+
+_index = Index("records", "records")
+
+
+class Filter(Struct, kw_only=True, frozen=True):
+    """Which records: all that is given must hold. `actor` is `sub` or `issuer#sub`, `ref` is `type:id`."""
+
+    session_id: UUID | None = None
+    task_id: UUID | None = None
+    approval_id: UUID | None = None
+    parent_record_id: UUID | None = None
+    kind: str | None = None
+    status: str | None = None
+    external_id: str | None = None
+    actor: str | None = None
+    ref: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def conditions(self) -> list[str]:
+        """The filter in the words of the index, but for its times."""
+        named = {
+            "session": self.session_id,
+            "task": self.task_id,
+            "approval": self.approval_id,
+            "parent": self.parent_record_id,
+            "kind": self.kind,
+            "status": self.status,
+            "external": self.external_id,
+            "ref": self.ref,
+        }
+        conditions = [has(kind, value) for kind, value in named.items() if value is not None]
+        return conditions if self.actor is None else [*conditions, has_actor(self.actor)]
+
+
+class Page(Struct, kw_only=True, frozen=True):
+    """A part of a list; `next` is the position to go on after, if there is more."""
+
+    records: list[RecordedFact]
+    next: int | None
+
+
+async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> None:
+    """Bring the view from just before `batch` to just after it, within the caller's transaction."""
+    records = [recorded for recorded in batch if isinstance(recorded.event.data, FactRecorded)]
+    if not records:
+        return
+    values = {
+        "ledger_id": ledger_id,
+        "positions": bigints(position for position, _ in records),
+        "recorded_ats": texts(event.recorded_at for _, event in records),
+        "terms": tsvectors(_terms(ledger_id, recorded) for recorded in records),
+    }
+    await connection.execute(SQL.save, values, prepare=True)
+
+
+def _terms(ledger_id: UUID, recorded: Recorded) -> set[str]:
+    position, event = recorded
+    data = event.data
+    assert isinstance(data, FactRecorded)
+    named = {
+        "task": data.task_id,
+        "approval": data.approval_id,
+        "parent": data.parent_record_id,
+        "kind": data.kind,
+        "status": data.status,
+        "external": event.external_id,
+    }
+    terms = event_terms(ledger_id, position, event)
+    return terms | {term(kind, value) for kind, value in named.items() if value is not None}
+
+
+async def get(connection: Connection, ledger_id: UUID, record_id: UUID) -> RecordedFact | None:
+    """The record, from the ledger itself: it is there as soon as it is recorded."""
+    events = await store.read_streams(connection, ledger_id, [record_id])
+    if len(events) != 1 or not isinstance(events[0].event.data, FactRecorded):
+        return None
+    return record.evolve(None, events[0].event)
+
+
+async def search(
+    connection: Connection,
+    ledger_id: UUID,
+    wanted: Filter,
+    *,
+    limit: int,
+    after: int | None = None,
+    order: Order = "desc",
+) -> Page:
+    """Up to `limit` records beyond the position `after`, in the order they were recorded or the other way."""
+    positions = await _index.search(
+        connection,
+        ledger_id,
+        wanted.conditions(),
+        since=wanted.since,
+        until=wanted.until,
+        after=after,
+        limit=limit + 1,
+        order=order,
+    )
+    shown = positions[:limit]
+    stored = {row.position: row for row in await store.read_positions(connection, ledger_id, shown)}
+    return Page(
+        records=[record.evolve(None, stored[position].decode().event) for position in shown],
+        next=shown[-1] if len(positions) > limit else None,
+    )

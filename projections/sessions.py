@@ -1,0 +1,192 @@
+"""The view `sessions`: every session as it is now, to be listed by state, role, label and time.
+
+A session here is what `ledger.session.evolve` makes of its events, and nothing else: the rules and the view
+cannot differ. Its bytes are kept as they are; the columns beside them are only for finding. Personal values
+stay sealed.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+from msgspec import Struct
+
+from ledger.errors import MalformedRequest
+from ledger.events import Recorded, SessionOpened, Stamp, canonical, moment, stamp
+from ledger.postgres import Connection, bigints, byteas, queries, texts, uuids
+from ledger.session import Session, evolve
+
+SQL = queries("projections", "sessions")
+
+TOTAL_MAX = 10_000
+"""How far a list is counted, and how deep its numbered pages go; beyond, `after` leads on."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_session = msgspec.json.Decoder(Session)
+
+
+class Filter(Struct, kw_only=True, frozen=True):
+    """Which sessions: all that is given must hold. `label` is `key=value` or `key:value`."""
+
+    state: str | None = None
+    agent_role: str | None = None
+    label: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+class Page(Struct, kw_only=True, frozen=True):
+    """A part of a list, newest first; `next` is the cursor that leads on, if there is more."""
+
+    sessions: list[Session]
+    total: int
+    total_is_exact: bool
+    next: str | None
+
+
+class Due(NamedTuple):
+    """A session whose time has run out."""
+
+    project_id: str
+    session_id: UUID
+    deadline: Stamp
+
+
+async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> None:
+    """Bring the view from just before `batch` to just after it, within the caller's transaction."""
+    events = [recorded for recorded in batch if recorded.event.stream_type == "session"]
+    if not events:
+        return
+    opened = {event.stream_id: position for position, event in events if isinstance(event.data, SessionOpened)}
+    known = {event.stream_id for _, event in events} - opened.keys()
+    states = await _load(connection, ledger_id, known) if known else {}
+    for position, event in events:
+        earlier = states.get(event.stream_id)
+        state = evolve(earlier[1] if earlier else None, event)
+        states[event.stream_id] = (earlier[0] if earlier else position, state)
+    await _save(connection, ledger_id, states)
+    await _save_labels(connection, ledger_id, [states[stream_id] for stream_id in opened])
+
+
+async def _load(connection: Connection, ledger_id: UUID, session_ids: set[UUID]) -> dict[UUID, tuple[int, Session]]:
+    values = {"ledger_id": ledger_id, "session_ids": uuids(session_ids)}
+    cursor = await connection.execute(SQL.load, values, prepare=True, binary=True)
+    rows = [(position, _session.decode(content)) for position, content in await cursor.fetchall()]
+    return {session.session_id: (position, session) for position, session in rows}
+
+
+async def _save(connection: Connection, ledger_id: UUID, states: dict[UUID, tuple[int, Session]]) -> None:
+    sessions = [session for _, session in states.values()]
+    values = {
+        "ledger_id": ledger_id,
+        "session_ids": uuids(states),
+        "positions": bigints(position for position, _ in states.values()),
+        "opened_ats": texts(session.opened_at for session in sessions),
+        "expires_ats": texts(session.expires_at for session in sessions),
+        "states": texts(session.state for session in sessions),
+        "agent_roles": texts(_column(session.agent_role) for session in sessions),
+        "sessions": byteas(canonical(session) for session in sessions),
+    }
+    await connection.execute(SQL.save, values, prepare=True)
+
+
+async def _save_labels(connection: Connection, ledger_id: UUID, states: list[tuple[int, Session]]) -> None:
+    rows = [
+        (_column(key), _column(value), session.opened_at, position, session.session_id)
+        for position, session in states
+        for key, value in session.labels.items()
+    ]
+    if not rows:
+        return
+    keys, values, opened_ats, positions, session_ids = zip(*rows, strict=True)
+    columns = {
+        "ledger_id": ledger_id,
+        "keys": texts(keys),
+        "values": texts(values),
+        "opened_ats": texts(opened_ats),
+        "positions": bigints(positions),
+        "session_ids": uuids(session_ids),
+    }
+    await connection.execute(SQL.save_labels, columns, prepare=True)
+
+
+def _column(text: str) -> str:
+    """PostgreSQL's text cannot hold a NUL, and an index entry only so much; the session's own bytes are whole."""
+    return text.replace("\0", "\ufffd")[:255]
+
+
+async def get(connection: Connection, ledger_id: UUID, session_id: UUID) -> Session | None:
+    """The session as the view has it."""
+    values = {"ledger_id": ledger_id, "session_id": session_id}
+    row = await (await connection.execute(SQL.get, values, prepare=True, binary=True)).fetchone()
+    return _session.decode(row[0]) if row else None
+
+
+async def search(
+    connection: Connection,
+    ledger_id: UUID,
+    wanted: Filter,
+    *,
+    limit: int,
+    offset: int = 0,
+    after: str | None = None,
+) -> Page:
+    """Sessions newest first: `limit` of them, `offset` or the cursor `after` into the list.
+
+    The total is counted up to TOTAL_MAX, whatever the cursor. Raises MalformedRequest for a cursor that is not
+    one of ours, a label without `=` or `:`, and an offset beyond TOTAL_MAX.
+    """
+    if offset > TOTAL_MAX:
+        raise MalformedRequest([{"pointer": "page", "detail": f"it begins beyond {TOTAL_MAX}; use `after`"}])
+    values = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
+    conditions = [getattr(SQL, name) for name in values if name != "label"]
+    values |= {"ledger_id": ledger_id, "limit": limit + 1, "offset": offset}
+    begin = SQL.from_all
+    if wanted.label is not None:
+        begin = SQL.from_label
+        values["key"], values["value"] = _label(wanted.label)
+    count = b"SELECT count(*) FROM (SELECT %b LIMIT %d) AS s" % (b"\n".join([begin, *conditions]), TOTAL_MAX + 1)
+    if after is not None:
+        values["after_time"], values["after_position"] = _read_cursor(after)
+        conditions.append(SQL.after)
+    page = b"\n".join([b"SELECT k.position, s.session", begin, *conditions, SQL.newest_first])
+    async with connection.pipeline():
+        counted = await connection.execute(count, values, prepare=True)
+        found = await connection.execute(page, values, prepare=True, binary=True)
+    (total,) = await counted.fetchone() or (0,)
+    rows = await found.fetchall()
+    sessions = [_session.decode(content) for _, content in rows[:limit]]
+    return Page(
+        sessions=sessions,
+        total=min(total, TOTAL_MAX),
+        total_is_exact=total <= TOTAL_MAX,
+        next=_cursor(rows[limit - 1][0], sessions[-1]) if len(rows) > limit else None,
+    )
+
+
+def _label(text: str) -> tuple[str, str]:
+    for separator in "=:":
+        key, found, value = text.partition(separator)
+        if found:
+            return _column(key), _column(value)
+    raise MalformedRequest([{"pointer": "label", "detail": "it has neither `=` nor `:` between key and value"}])
+
+
+def _cursor(position: int, session: Session) -> str:
+    return f"{(moment(session.opened_at) - _EPOCH) // timedelta(microseconds=1)}-{position}"
+
+
+def _read_cursor(text: str) -> tuple[datetime, int]:
+    try:
+        microseconds, position = map(int, text.split("-"))
+        return _EPOCH + timedelta(microseconds=microseconds), position
+    except (ValueError, OverflowError):
+        raise MalformedRequest([{"pointer": "after", "detail": "it is not a cursor that was given here"}]) from None
+
+
+async def due(connection: Connection, limit: int) -> list[Due]:
+    """Up to `limit` sessions of any project whose time has run out, the longest overdue first."""
+    cursor = await connection.execute(SQL.due, {"limit": limit}, prepare=True)
+    return [Due(project, session_id, stamp(at)) for project, session_id, at in await cursor.fetchall()]
