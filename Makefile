@@ -7,6 +7,7 @@ BIN := .venv/bin
 
 export UV_PYTHON_DOWNLOADS := never
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
 # Where a proxy re-signs TLS, its certificate is in the system's bundle and not in uv's own.
 ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem),)
 export UV_SYSTEM_CERTS := 1
@@ -50,19 +51,21 @@ clean:
 	rm -rf .venv .uv
 
 .venv/installed: requirements.lock pyproject.toml | .venv/bin/python
-	$(UV) pip install --quiet --require-hashes -r requirements.lock
-	$(UV) pip install --quiet --no-deps -e .
+	@echo "Installing what Muniment needs into .venv (once)"
+	@$(UV) pip install --quiet --require-hashes -r requirements.lock
+	@$(UV) pip install --quiet --no-deps -e .
 	@touch $@
 
 .venv/installed-dev: requirements-dev.lock requirements.lock pyproject.toml | .venv/bin/python
-	$(UV) pip sync --quiet --require-hashes requirements-dev.lock
-	$(UV) pip install --quiet --no-deps -e .
+	@echo "Installing what working on Muniment needs into .venv (once)"
+	@$(UV) pip sync --quiet --require-hashes requirements-dev.lock
+	@$(UV) pip install --quiet --no-deps -e .
 	@touch .venv/installed $@
 
 .venv/bin/python: | $(UV)
-	$(UV) venv --quiet --python "$$(command -v $(PYTHON))" .venv
+	@$(UV) venv --quiet --clear --python "$$(command -v $(PYTHON))" .venv
 
 $(UV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Muniment needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Name another: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m pip install --quiet --target .uv uv==$(UV_VERSION)
+	@$(PYTHON) -m pip install --quiet --target .uv uv==$(UV_VERSION)

@@ -135,7 +135,7 @@ class Child:
                 start_new_session=True,  # Ctrl-C reaches only us, and we end it when it is time
             )
             code = await self._process.wait()
-            self._kill_group()  # what it may have left
+            await self._kill_group()
             deaths = [at for at in deaths if at > time.monotonic() - DEATHS_WITHIN_SECONDS] + [time.monotonic()]
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             say(f"the {self.command} (process {self._process.pid}) {how}")
@@ -155,14 +155,19 @@ class Child:
             self._process.terminate()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), STOP_SECONDS + 5)
-        self._kill_group()
+        await self._kill_group()
         await self._process.wait()
 
-    def _kill_group(self) -> None:
+    async def _kill_group(self) -> None:
+        """Kill what it has left of what it started, and give that a moment to be gone."""
         # It leads the session it was started in, so its group has its number and nobody else's processes.
-        if self._process:
-            with suppress(ProcessLookupError):
+        if self._process is None:
+            return
+        deadline = time.monotonic() + 0.2
+        with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
                 os.killpg(self._process.pid, signal.SIGKILL)
+                await asyncio.sleep(0.01)
 
 
 def end_with_supervisor() -> None:
@@ -259,4 +264,5 @@ def _whereabouts(settings: Settings) -> list[str]:
 
 def say(text: str) -> None:
     """One line for the operator, at once."""
-    print(text, flush=True)
+    with suppress(OSError):  # who was to read it has gone; what runs goes on
+        print(text, flush=True)
