@@ -79,7 +79,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     @property
     def error(self) -> MunimentError | None:
         """Why it was refused, or None."""
-        return _error(self.status, self.body) if self.status >= 400 else None
+        return error_of(self.status, self.body) if self.status >= 400 else None
 
 
 class _Item(Struct):
@@ -118,7 +118,7 @@ class Client:
         self._patience_seconds = patience_seconds
         self._http = httpx.AsyncClient(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {token}", "Accept": "application/json"},
+            headers={"Authorization": f"Bearer {token.strip()}", "Accept": "application/json"},
             timeout=httpx.Timeout(timeout_seconds, connect=min(5.0, timeout_seconds), pool=None),
             limits=httpx.Limits(max_connections=connections_max, max_keepalive_connections=connections_max),
             trust_env=not _is_loopback(self.url),  # a proxy cannot reach this machine's own servers
@@ -177,7 +177,7 @@ class Client:
             if undecided is None:
                 tries = _Tries(self._patience_seconds)
             else:
-                error = _error(items[undecided].status, items[undecided].body)
+                error = error_of(items[undecided].status, items[undecided].body)
                 await tries.pause(error, float(error.retry_after_seconds or 0))
         return answers
 
@@ -280,7 +280,7 @@ class Client:
             self.ledger_id = response.headers.get("ledger-id", self.ledger_id)
             if response.status_code < 300:
                 return response
-            error = _error(response.status_code, response)
+            error = error_of(response.status_code, response)
             if response.status_code not in _TRY_AGAIN:
                 raise error
             await tries.pause(error, _retry_after_seconds(response))
@@ -343,7 +343,7 @@ def _unsent(command: Command, error: MunimentError) -> Answer:
     )
 
 
-def _error(status: int, answered: Any) -> MunimentError:
+def error_of(status: int, answered: Any) -> MunimentError:
     """The error behind a problem (RFC 9457), as the class the server raised, or as a Problem."""
     problem = answered
     if isinstance(answered, httpx.Response):
@@ -365,14 +365,17 @@ def _error(status: int, answered: Any) -> MunimentError:
 
 
 def _words(template: str, members: Json, detail: str) -> Json:
-    """The params that are sentences: they stand in `detail` and not among the members."""
+    """The params that are sentences: they stand in `detail` and not among the members.
+
+    In a detail of other words than ours the whole of it is the sentence.
+    """
     pieces = list(Formatter().parse(template))
     pattern = "".join(
         re.escape(literal) + ("" if name is None else ".*" if name in members else f"(?P<{name}>.*)")
         for literal, name, _, _ in pieces
     )
     found = re.match(pattern, detail, re.DOTALL)
-    return found.groupdict() if found else {}
+    return found.groupdict() if found else {name: detail for _, name, _, _ in pieces if name and name not in members}
 
 
 def _json(response: httpx.Response) -> Any:
