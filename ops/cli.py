@@ -14,9 +14,12 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from ledger.embedded import OWNER, running_database
+from ledger.errors import MunimentError
 from ledger.programs import EmbeddedError
+from ledger.project_key import UnusableKey
 from ledger.settings import InvalidSettings, Settings
 from ops.migrate import MigrationError, migrate
+from ops.projects import project, token
 from ops.up import UpError, end_with_supervisor, up
 
 _SETTINGS = """
@@ -47,6 +50,9 @@ app = App(
     help_format="markdown",
     help_epilogue=_SETTINGS,
 )
+
+app.command(project)
+app.command(token)
 
 Supervised = Annotated[bool, Parameter(show=False, negative=())]
 
@@ -120,7 +126,7 @@ def main() -> None:
         app()
     except InvalidSettings as error:
         sys.exit(f"Muniment cannot run with these settings:\n{error}")
-    except (EmbeddedError, MigrationError, UpError) as error:
+    except (EmbeddedError, MigrationError, MunimentError, UnusableKey, UpError) as error:
         sys.exit(f"muniment: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
