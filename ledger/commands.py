@@ -7,7 +7,8 @@ pointer, before anything is decided. Rules are never here; they decide on a comm
 
 import re
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
+from itertools import chain, islice
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 from uuid import UUID
 
@@ -15,17 +16,17 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from ledger.errors import MalformedRequest, MunimentError, NumberOutOfRange
-from ledger.events import AgentDescription, Artifact, Json, Line, Ref, Stamp, Usage, canonical
-from ledger.vault import check
+from ledger.events import ONE_LINE, AgentDescription, Artifact, Json, Line, Ref, Stamp, Usage, canonical
+from ledger.vault import DEPTH_MAX, ERRORS_MAX, check
 
 METADATA_BYTES_MAX = 16 * 1024
 TEXT_CHARACTERS_MAX = 4096
 EXACT_INTEGER_MAX = 2**53 - 1
 
-CommandId = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._~:@+-]+$")]
-ProjectId = Annotated[str, Meta(min_length=2, max_length=63, pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")]
+CommandId = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._~:@+-]+$(?!\n)")]
+ProjectId = Annotated[str, Meta(min_length=2, max_length=63, pattern=r"^[a-z0-9][a-z0-9-]{1,62}$(?!\n)")]
 Moment = Annotated[datetime, Meta(tz=True)]
-Kind = Annotated[str, Meta(max_length=100, pattern=r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$")]
+Kind = Annotated[str, Meta(max_length=100, pattern=r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$(?!\n)")]
 Labels = Annotated[dict[Line, Line], Meta(max_length=32)]
 Refs = Annotated[tuple[Ref, ...], Meta(max_length=16)]
 
@@ -56,9 +57,7 @@ class Command(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=Tr
     command_id: CommandId | UnsetType = UNSET
     expected_version: Annotated[int, Meta(ge=0, le=EXACT_INTEGER_MAX)] | UnsetType = UNSET
     occurred_at: Moment | UnsetType = UNSET
-    correlation_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")] | UnsetType = (
-        UNSET
-    )
+    correlation_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=ONE_LINE)] | UnsetType = UNSET
     causation_id: UUID | UnsetType = UNSET
     external_id: Line | UnsetType = UNSET
     refs: Refs = ()
@@ -203,7 +202,9 @@ class Receipt(Struct, frozen=True, kw_only=True):
 
 _any = msgspec.json.Decoder(OpenSession | ChangeSession | CancelSession | AnnotateSession | Record)
 _each = {cls: msgspec.json.Decoder(cls) for cls in COMMANDS}
-_suspicious = re.compile(rb"[0-9]{16}|[0-9][eE]\+?[0-9]{3}")
+_MOMENTS = ("occurred_at", "expires_at", "started_at", "ended_at")
+_long_number = re.compile(rb"[0-9]{16}")
+_TOO_LARGE = ("Number out of range", "Integer value out of range", f"Expected `int` <= {EXACT_INTEGER_MAX}")
 _marked = re.compile(rb'"\$(personal|sealed|erased)"')
 
 
@@ -214,10 +215,14 @@ def read_command(body: bytes | msgspec.Raw, kind: type[Command] | None = None) -
     """
     try:
         command = _any.decode(body) if kind is None else _each[kind].decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        encoded = canonical(command)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         explain(error, bytes(body))
-    encoded = canonical(command)
-    if _suspicious.search(encoded):
+    if encoded.count(b"[") + encoded.count(b"{") > DEPTH_MAX:
+        _check_depth(msgspec.json.decode(encoded))
+    for name in _MOMENTS:
+        _check_moment(getattr(command, name, None), f"/{name}")
+    if _long_number.search(encoded):
         check_numbers(msgspec.json.decode(encoded))
     if _marked.search(encoded):
         check(msgspec.json.decode(encoded), "")
@@ -233,8 +238,11 @@ def explain(error: Exception, body: bytes) -> NoReturn:
     if isinstance(error, UnicodeDecodeError):
         _refuse("", "it is not UTF-8")
     text, _, path = str(error).partition(" - at `")
-    if "Number out of range" in text:
+    if text in _TOO_LARGE:
         raise NumberOutOfRange([{"pointer": pointer(path), "detail": "the number is too large; send it as a string"}])
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text, re.DOTALL)
+    if unknown:
+        _refuse(f"{pointer(path)}/{_step(unknown[1])}", "there is no such field")
     _refuse(pointer(path), text if isinstance(error, msgspec.ValidationError) else "it is not valid JSON")
 
 
@@ -246,7 +254,7 @@ def pointer(path: str) -> str:
 
 def check_numbers(value: Any) -> None:
     """Refuse integers that a reader using binary64 numbers would see changed (RFC 8259 s6)."""
-    wrong = list(_inexact(value, ""))
+    wrong = list(islice(_inexact(value, ""), ERRORS_MAX))
     if wrong:
         raise NumberOutOfRange(
             [{"pointer": p, "detail": "the integer is beyond 2^53-1; send it as a string"} for p in wrong]
@@ -256,12 +264,34 @@ def check_numbers(value: Any) -> None:
 def _inexact(value: Any, at: str) -> Iterator[str]:
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _inexact(item, f"{at}/{str(key).replace('~', '~0').replace('/', '~1')}")
+            yield from _inexact(item, f"{at}/{_step(key)}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _inexact(item, f"{at}/{index}")
     elif isinstance(value, int) and abs(value) > EXACT_INTEGER_MAX:
         yield at
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what could be read here and not at some deeper place of the program: each level takes stack."""
+    level = [value]
+    for _ in range(DEPTH_MAX + 1):
+        inside = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = list(chain.from_iterable(inside))
+    if level:
+        _refuse("", f"it is nested more than {DEPTH_MAX} levels deep")
+
+
+def _check_moment(value: Any, at: str) -> None:
+    if isinstance(value, datetime):
+        try:
+            value.astimezone(UTC)
+        except OverflowError:
+            _refuse(at, "in UTC it is not within the years 1 to 9999")
+
+
+def _step(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _refuse(at: str, detail: str) -> NoReturn:

@@ -25,7 +25,10 @@ ENTRY_BYTES_MAX = 60 * 1024
 Stamp = str
 """A time as it is stored and shown: `YYYY-MM-DDTHH:MM:SS.ffffffZ`. Fixed width, so stamps sort as text."""
 
-Line = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
+ONE_LINE = r"^[^\x00-\x1f\x7f]*$(?!\n)"
+"""In Python `$` also matches before a last line feed, and JSON Schema has no `\\Z`: so every pattern ends like this."""
+
+Line = Annotated[str, Meta(min_length=1, max_length=255, pattern=ONE_LINE)]
 """One line of text without control characters: names, roles, the caller's own ids."""
 
 Json = dict[str, Any]
@@ -44,7 +47,7 @@ def moment(text: Stamp) -> datetime:
 class Ref(Struct, frozen=True, forbid_unknown_fields=True):
     """A thing of the caller's world that this is about, such as `invoice:9`. Searchable."""
 
-    type: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f:]*$")]
+    type: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f:]*$(?!\n)")]
     id: Line
 
 
@@ -92,15 +95,15 @@ class AgentDescription(Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     policy_digest: "Digest | None" = None
 
 
-Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$(?!\n)")]
 Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
 
 class Cost(Struct, frozen=True, forbid_unknown_fields=True):
     """Money, as a decimal string: a binary fraction cannot hold a cent."""
 
-    amount: Annotated[str, Meta(pattern=r"^-?[0-9]{1,30}(\.[0-9]{1,30})?$")]
-    currency: Annotated[str, Meta(pattern=r"^[A-Z]{3}$")]
+    amount: Annotated[str, Meta(pattern=r"^-?[0-9]{1,30}(\.[0-9]{1,30})?$(?!\n)")]
+    currency: Annotated[str, Meta(pattern=r"^[A-Z]{3}$(?!\n)")]
 
 
 class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -118,8 +121,8 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknow
 class Artifact(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A file kept elsewhere; its digest makes it part of the evidence."""
 
-    uri: Annotated[str, Meta(min_length=1, max_length=2048, pattern=r"^[^\x00-\x1f\x7f]*$")] | None = None
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")] | None = None
+    uri: Annotated[str, Meta(min_length=1, max_length=2048, pattern=ONE_LINE)] | None = None
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")] | None = None
     media_type: Line | None = None
     size_bytes: Count | None = None
     name: Line | None = None
