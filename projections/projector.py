@@ -122,11 +122,11 @@ class Projector:
                 for (ledger_id,) in await self._fetch(SQL.behind):
                     self._wake(ledger_id)
                 self._say("database", "")
+                # Where there are very many ledgers, looking costs: then it is done less often.
+                pause = max(POLL_SECONDS, 20 * (loop.time() - began))
             except TROUBLE as error:
                 self._say("database", f"the database cannot be read: {error}")
-                await asyncio.sleep(RETRY_SECONDS)
-            # Where there are very many ledgers, looking costs: then it is done less often.
-            pause = max(POLL_SECONDS, 20 * (loop.time() - began))
+                pause = RETRY_SECONDS
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), pause)
 
