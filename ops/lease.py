@@ -36,8 +36,16 @@ async def run_alone(pool: Pool, job: str, work: Callable[[], Awaitable[None]]) -
     Ends only when cancelled, and then lets the next one have the lease at once; a holder that dies is followed
     within LEASE_SECONDS and KEEP_SECONDS. What `work` raises is raised. Without a database, it waits for one.
     """
+    reachable = True
     while True:
-        fence = await _take(pool, job)
+        fence = None
+        try:
+            fence = await _take(pool, job)
+            reachable = True
+        except (psycopg.Error, PoolTimeout) as error:
+            if reachable:
+                log.warning("%s: waiting for the database: %s", job, error)
+            reachable = False
         if fence is not None:
             log.info("%s: this worker runs it (fence %d)", job, fence)
             working = asyncio.ensure_future(work())
@@ -55,11 +63,9 @@ async def run_alone(pool: Pool, job: str, work: Callable[[], Awaitable[None]]) -
 
 async def _take(pool: Pool, job: str) -> int | None:
     values = {"job": job, "holder": HOLDER, "seconds": LEASE_SECONDS}
-    with suppress(psycopg.Error, PoolTimeout):
-        async with pool.connection() as connection:
-            row = await (await connection.execute(SQL.take, values)).fetchone()
-            return row[0] if row else None
-    return None
+    async with pool.connection() as connection:
+        row = await (await connection.execute(SQL.take, values)).fetchone()
+        return row[0] if row else None
 
 
 async def _keep(pool: Pool, job: str, fence: int, working: "asyncio.Future[None]") -> None:

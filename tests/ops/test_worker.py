@@ -1,0 +1,254 @@
+"""Workers as processes: one runner a job, another when it dies, and everything that is due done once."""
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from uuid_utils.compat import uuid7
+
+from ledger.commands import OpenSession, Receipt, Record
+from ledger.committer import Committer
+from ledger.embedded import EmbeddedServer
+from ledger.events import SYSTEM, Actor
+from ledger.postgres import Pool, open_pool
+from ledger.session import Session
+from ledger.vault import Vault
+from ops.lease import LEASE_SECONDS, run_alone
+from ops.sweeper import expire
+from projections import caught_up, sessions
+from tests.check import check_ledger, of_type, states
+from tests.conftest import Database, database_of
+
+AGENT = Actor(issuer="https://id.example", sub="a", kind="agent", assurance="authenticated", roles=("agent",))
+
+
+@asynccontextmanager
+async def worker(url: str, home: Path, log: IO[bytes] | None = None) -> AsyncIterator[Process]:
+    """A worker process; killed when the block ends, if it still runs."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "MUNIMENT_MODE": "development",
+        "MUNIMENT_HOME": str(home),
+        "DATABASE_URL": url,
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "ops.cli", "worker"), env=environment, stderr=log or asyncio.subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Ask again and again until it is true; fails when it never is."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not (answer := await condition()):
+        assert asyncio.get_running_loop().time() < deadline, "it never came"
+        await asyncio.sleep(0.02)
+    return answer
+
+
+@pytest.fixture
+async def pool(database: Database) -> AsyncIterator[Pool]:
+    async with open_pool(database.worker, connections_max=6) as pool:
+        yield pool
+
+
+@asynccontextmanager
+async def committing(pool: Pool, home: Path) -> AsyncIterator[Committer]:
+    committer = Committer(pool, Vault(home / "keys", pool, create_keys=True), create_ledgers=True)
+    try:
+        yield committer
+    finally:
+        await committer.close()
+
+
+@pytest.fixture
+async def committer(pool: Pool, tmp_path: Path) -> AsyncIterator[Committer]:
+    async with committing(pool, tmp_path) as committer:
+        yield committer
+
+
+async def holders(pool: Pool) -> dict[str, str]:
+    """By job: the process id of who holds its lease now."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute("SELECT job, holder FROM projections.leases WHERE until > clock_timestamp()")
+        return {job: holder.split(":")[1] for job, holder in await cursor.fetchall()}
+
+
+async def test_of_two_workers_one_runs_each_job_and_the_other_takes_over_when_it_is_killed(
+    database: Database, pool: Pool, committer: Committer, tmp_path: Path
+) -> None:
+    await committer.submit("demo", OpenSession(agent_role="x"), AGENT)
+    ledger = await committer.ledger("demo")
+    assert ledger is not None
+    async with worker(database.worker, tmp_path) as first:
+        await until(lambda: _is(holders(pool), {"projector": str(first.pid), "sweeper": str(first.pid)}))
+        async with worker(database.worker, tmp_path) as second:
+            await caught_up(pool, "audit", ledger.ledger_id, min_position=1, timeout_seconds=20)
+            first.send_signal(signal.SIGKILL)
+            killed_at = asyncio.get_running_loop().time()
+            await until(lambda: _is(holders(pool), {"projector": str(second.pid), "sweeper": str(second.pid)}))
+            assert asyncio.get_running_loop().time() - killed_at < LEASE_SECONDS + 4
+            await committer.submit("demo", OpenSession(agent_role="y"), AGENT)
+            await caught_up(pool, "audit", ledger.ledger_id, min_position=2, timeout_seconds=20)
+            second.send_signal(signal.SIGTERM)
+            assert await second.wait() == 0
+    assert await holders(pool) == {}, "a worker that is asked to stop leaves its leases to the next at once"
+
+
+async def _is(answer: Any, expected: Any) -> bool:
+    return bool(await answer == expected)
+
+
+async def test_a_stalled_holder_loses_the_lease_and_its_work_is_stopped(pool: Pool) -> None:
+    began: list[str] = []
+    ended: list[str] = []
+
+    async def work() -> None:
+        began.append("x")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("x")
+
+    holding = asyncio.create_task(run_alone(pool, "job", work))
+    waiting = asyncio.create_task(run_alone(pool, "job", work))
+
+    await until(lambda: _value(len(began) == 1))
+    async with pool.connection() as connection:
+        await connection.execute("UPDATE projections.leases SET fence = fence + 1, until = '-infinity'")
+    await until(lambda: _value((len(began), len(ended)) == (2, 1)))
+    for task in (holding, waiting):
+        task.cancel()
+    await asyncio.wait([holding, waiting])
+    assert len(began) == len(ended)
+
+
+async def _value(value: Any) -> Any:
+    return value
+
+
+async def test_what_a_job_raises_ends_it_and_leaves_the_lease(pool: Pool) -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await run_alone(pool, "job", fail)
+    assert await holders(pool) == {}
+
+
+async def test_sessions_expire_by_themselves_and_once(
+    database: Database, pool: Pool, committer: Committer, tmp_path: Path
+) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=2)
+    commands = [OpenSession(agent_role="x", expires_at=soon) for _ in range(30)]
+    commands += [OpenSession(agent_role="later") for _ in range(3)]
+    receipts = await committer.submit_all("demo", commands, AGENT)
+    ledger = await committer.ledger("demo")
+    assert ledger is not None
+    async with worker(database.worker, tmp_path), worker(database.worker, tmp_path):
+
+        async def expired() -> bool:
+            async with pool.connection() as connection:
+                wanted = sessions.Filter(state="expired")
+                return (await sessions.search(connection, ledger.ledger_id, wanted, limit=50)).total == 30
+
+        await until(expired)
+    history = check_ledger(database.owner)["demo"]
+    due = of_type(history, "SessionExpired")
+    assert {event.stream_id for event in due} == {r.target for r in receipts[:30] if isinstance(r, Receipt)}
+    assert len(due) == 30
+    assert {event.actor for event in due} == {SYSTEM}
+    assert {state.state for state in states(history).values()} == {"expired", "pending"}
+
+
+async def test_sweepers_in_any_number_of_processes_expire_a_session_once(
+    database: Database, pool: Pool, committer: Committer, tmp_path: Path
+) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=0.3)
+    receipts = await committer.submit_all(
+        "demo", [OpenSession(agent_role="x", expires_at=soon) for _ in range(20)], AGENT
+    )
+    due = [
+        sessions.Due("demo", receipt.target, receipt.state.expires_at)
+        for receipt in receipts
+        if isinstance(receipt, Receipt) and receipt.target is not None
+    ]
+    await asyncio.sleep(0.4)  # it is the time itself that is waited for
+    async with committing(pool, tmp_path) as another:
+        await asyncio.gather(*(expire(one, due) for one in (committer, another, committer, another)))
+        await expire(another, due)
+    assert len(of_type(check_ledger(database.owner)["demo"], "SessionExpired")) == 20
+
+
+async def test_a_worker_starts_without_postgresql_and_works_when_it_is_there(
+    durable_server: EmbeddedServer, tmp_path: Path
+) -> None:
+    database = database_of(durable_server, "muniment")
+    async with open_pool(database.worker, 4) as pool, committing(pool, tmp_path) as committer:
+        await committer.submit("demo", OpenSession(agent_role="x"), AGENT)
+        ledger = await committer.ledger("demo")
+    assert ledger is not None
+    durable_server.stop()
+    said = tmp_path / "worker.log"
+    with said.open("wb") as log:
+        async with worker(database.worker, tmp_path, log):
+            await until(lambda: _value(b"waiting for the database" in said.read_bytes()))
+            await asyncio.to_thread(durable_server.start)
+            async with open_pool(database.worker, 4) as pool:
+                await caught_up(pool, "audit", ledger.ledger_id, min_position=1, timeout_seconds=40)
+
+
+async def test_killing_everything_under_load_leaves_the_views_as_a_replay_makes_them(
+    durable_server: EmbeddedServer, tmp_path: Path
+) -> None:
+    database = database_of(durable_server, "muniment")
+    chance = random.Random(7)
+    for round_ in range(3):
+        async with (
+            open_pool(database.worker, 6) as pool,
+            committing(pool, tmp_path) as committer,
+            worker(database.worker, tmp_path) as process,
+        ):
+            for _ in range(40):
+                session_id = uuid7()
+                commands = [
+                    OpenSession(agent_role=f"role-{round_}", session_id=session_id),
+                    *(Record(kind="note", session_id=session_id, body={"n": n}) for n in range(5)),
+                ]
+                await committer.submit_all("demo", commands, AGENT)
+            ledger = await committer.ledger("demo")
+            assert ledger is not None
+            await caught_up(pool, "audit", ledger.ledger_id, min_position=240 * round_ + 1, timeout_seconds=40)
+            await asyncio.sleep(chance.random() / 20)  # not a wait for anything: the moment of death
+            process.kill()
+            assert durable_server.pid is not None
+            os.kill(durable_server.pid, signal.SIGKILL)
+        await asyncio.to_thread(durable_server.start)
+    assert ledger is not None
+    async with open_pool(database.worker, 6) as pool, worker(database.worker, tmp_path):
+        for view in ("audit", "records", "sessions"):
+            await caught_up(pool, view, ledger.ledger_id, min_position=720, timeout_seconds=60)
+        async with pool.connection() as connection:
+            found = await sessions.search(connection, ledger.ledger_id, sessions.Filter(), limit=200)
+            replayed = states(check_ledger(database.owner)["demo"])
+            assert {s.session_id: s for s in found.sessions} == {
+                key: state for key, state in replayed.items() if isinstance(state, Session)
+            }
+            rows = await (
+                await connection.execute("SELECT count(*), count(DISTINCT position) FROM audit.events")
+            ).fetchall()
+            assert rows == [(720, 720)]
