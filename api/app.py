@@ -14,7 +14,7 @@ import msgspec
 from litestar import Litestar, Request, Response
 from litestar.datastructures import State
 
-from api import commands, docs, health, openapi, records, sessions
+from api import audit, commands, docs, events, health, openapi, records, sessions
 from api.auth import DEVELOPMENT_ISSUER, Tokens, development_verifier
 from api.http import Api, refuse
 from api.idempotency import Copy
@@ -26,6 +26,7 @@ from ledger.settings import Settings
 from ledger.vault import Vault
 
 CONNECTIONS_MAX = 8
+RESOURCES = (sessions, records, commands, events, audit, health, docs)
 
 
 @asynccontextmanager
@@ -69,7 +70,7 @@ def problem_response(request: Request[Any, Any, Any], raised: Exception) -> Resp
 def create_app(settings: Settings | None = None) -> Litestar:
     """The API as an ASGI application; settings come from the environment unless given."""
     known = settings or Settings.from_environment(os.environ)
-    routes = [*commands.ROUTES, *sessions.ROUTES, *records.ROUTES, *health.ROUTES, *docs.ROUTES]
+    routes = [route for module in RESOURCES for route in module.ROUTES]
     return Litestar(
         route_handlers=routes,
         state=State({"openapi": msgspec.json.encode(openapi.document(routes))}),

@@ -28,11 +28,11 @@ from api.http import (
     Call,
     Operation,
     encode,
-    reading,
     refuse,
 )
 from api.idempotency import Asked
 from api.problems import problem
+from api.reading import reading
 from ledger import errors
 from ledger.batch import RULES
 from ledger.commands import COMMANDS, Command, Receipt, explain, read_command

@@ -1,49 +1,40 @@
 """One request as it is read, and one answer as it is given; the same for every route.
 
-Owns headers, bodies within their limit, query parameters, and what a route says of itself (`Operation`,
-from which OpenAPI is made). A body is read before anything else is asked, and no further than its limit;
-what cannot be read is refused by name. Nothing here knows a resource, and nothing here decides.
+Owns headers, bodies within their limit, and what a route says of itself (`Operation`, from which OpenAPI is
+made). A body is read before anything else is asked, and no further than its limit; what cannot be read is
+refused by name. Nothing here knows a resource, and nothing here decides.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl
 from uuid import UUID
 
 import msgspec
-from litestar import Request, route
 from litestar.enums import HttpMethod
-from litestar.handlers import HTTPRouteHandler
 from litestar.types import HTTPScope, Receive, Scope, Send
 from msgspec import Struct
 
-from api.auth import READERS, Caller, Tokens
+from api.auth import Caller, Tokens
 from api.idempotency import Copy
 from api.problems import MEDIA_TYPE, as_error, headers_of, problem
 from ledger.commands import pointer
 from ledger.committer import Committer
 from ledger.errors import (
     BodyTooLarge,
-    Forbidden,
     MalformedRequest,
     MunimentError,
     NotFound,
-    StoreUnavailable,
-    Unauthenticated,
     UnknownProject,
     UnsupportedMediaType,
 )
-from ledger.postgres import Pool
+from ledger.postgres import Connection, Pool, store_errors
 from ledger.vault import Vault
 
 BODY_BYTES_MAX = 1024 * 1024
 BATCH_BODY_BYTES_MAX = 8 * 1024 * 1024
 BODY_SECONDS_MAX = 60.0
-PARAMETERS_MAX = 50
-
-READING_REFUSALS = (MalformedRequest, Unauthenticated, Forbidden, UnknownProject, NotFound, StoreUnavailable)
-"""Everything that a reader may be told instead of what was asked for."""
 
 READ = [HttpMethod.GET, HttpMethod.HEAD]
 JSON = b"application/json"
@@ -157,6 +148,13 @@ class Call:
         self.ledger_id = ledger.ledger_id if ledger else None
         return self.ledger_id
 
+    @asynccontextmanager
+    async def connection(self) -> AsyncGenerator[Connection]:
+        """A connection to read with. Raises StoreUnavailable."""
+        with store_errors():
+            async with self.api.pool.connection() as connection:
+                yield connection
+
     def path_id(self, name: str, what: str) -> UUID:
         """The id in the path. One that is no UUID names nothing: NotFound."""
         return uuid_of(self.scope["path_params"][name], what)
@@ -189,57 +187,6 @@ class Call:
         charsets = [p.partition(b"=")[2].strip(b'" ') for p in parameters if p.startswith(b"charset")]
         if name != JSON or any(charset not in (b"utf-8", b"utf8") for charset in charsets):
             raise UnsupportedMediaType(media_type=_shown(stated))
-
-
-Work = Callable[[Call, Q], Awaitable[Answer]]
-
-
-class NoParameters(Struct, forbid_unknown_fields=True):
-    """For routes that take none."""
-
-
-def reading(
-    path: str,
-    *,
-    tag: str,
-    answers: dict[int, Any],
-    query: type[Q] = NoParameters,  # type: ignore[assignment]
-    headers: type[Struct] | None = None,
-    refusals: tuple[type[MunimentError], ...] = (),
-    empty: Struct | None = None,
-) -> Callable[[Work[Q]], HTTPRouteHandler]:
-    """Make a GET route (and HEAD) for callers who may read, of a function of the call and its parameters.
-
-    `empty` is what a project without a ledger is answered; without it the answer is 404.
-    """
-
-    def route_of(function: Work[Q]) -> HTTPRouteHandler:
-        async def work(call: Call) -> Answer:
-            call.read_headers()
-            call.authenticate()
-            call.caller.require(*READERS, action="Reading")
-            parameters = read_query(call.scope["query_string"], query)
-            if await call.find_ledger() is not None:
-                return await function(call, parameters)
-            if empty is None:
-                raise NotFound(what="ledger", id=call.caller.project_id)
-            return Answer(200, encode(empty))
-
-        async def handler(request: Request[Any, Any, Any]) -> Answer:
-            return await Call(request.scope).answer(work)
-
-        operation = Operation(
-            tag=tag,
-            name=function.__name__,
-            doc=function.__doc__ or "",
-            query=query,
-            headers=headers,
-            answers=answers,
-            refusals=(*READING_REFUSALS, *refusals),
-        )
-        return route(path, http_method=READ, name=operation.name, opt={"operation": operation})(handler)
-
-    return route_of
 
 
 async def _read_on(message: Any, receive: Receive, limit_bytes: int) -> bytes:
@@ -277,30 +224,8 @@ def uuid_of(text: str, what: str) -> UUID:
     raise NotFound(what=what, id=text[:100])
 
 
-def read_query(query_string: bytes, parameters: type[Q]) -> Q:
-    """The query parameters as `parameters` declares them. Raises MalformedRequest by name (`?page_size`)."""
-    sent: dict[str, str] = {}
-    if query_string:
-        try:
-            pairs = parse_qsl(query_string.decode("ascii"), True, errors="strict", max_num_fields=PARAMETERS_MAX)
-        except ValueError:
-            detail = f"it is not readable: percent-encoded UTF-8, at most {PARAMETERS_MAX} parameters"
-            raise MalformedRequest([{"pointer": "?", "detail": detail}]) from None
-        sent = dict(pairs)
-        if len(sent) != len(pairs):
-            raise MalformedRequest(
-                [{"pointer": f"?{name}", "detail": "it is there twice; send it once"} for name in repeated(pairs)]
-            )
-    return convert(sent, parameters, "?")
-
-
-def repeated(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    names = [name for name, _ in pairs]
-    return sorted({name for name in names if names.count(name) > 1})
-
-
-def convert(sent: dict[str, str], declared: type[Q], prefix: str = "") -> Q:
-    """Text values as `declared` types them. Raises MalformedRequest with `prefix` and the name at fault."""
+def convert(sent: dict[str, str], declared: type[Q]) -> Q:
+    """Text values (headers, query parameters) as `declared` types them. Raises MalformedRequest by name."""
     try:
         return msgspec.convert(sent, declared, strict=False)
     except msgspec.ValidationError as error:
@@ -309,7 +234,7 @@ def convert(sent: dict[str, str], declared: type[Q], prefix: str = "") -> Q:
         if text.startswith("Object contains unknown field"):
             at = text.split("`")[1]
             detail = f"there is no such parameter; there are {', '.join(declared.__struct_encode_fields__)}"
-        raise MalformedRequest([{"pointer": f"{prefix}{at}", "detail": detail}]) from None
+        raise MalformedRequest([{"pointer": at, "detail": detail}]) from None
 
 
 def _shown(header: bytes) -> str:

@@ -1,6 +1,87 @@
 """Records over HTTP."""
 
-from api.commands import commanding
-from ledger.commands import Record
+from typing import Annotated, Literal
+from uuid import UUID
 
-ROUTES = [commanding("POST", "/records", Record, listed=True)]
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from api import resources
+from api.commands import commanding
+from api.http import Answer, Call, encode
+from api.reading import Listing, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
+from ledger.commands import Kind, Moment, Record
+from ledger.errors import NotFound
+from ledger.events import Line
+from ledger.record import RecordedFact
+from projections import records
+
+
+class RecordQuery(Listing, kw_only=True, forbid_unknown_fields=True):
+    """Which records, and which part of the list."""
+
+    session_id: UUID | UnsetType = UNSET
+    task_id: UUID | UnsetType = UNSET
+    approval_id: UUID | UnsetType = UNSET
+    parent_record_id: UUID | UnsetType = UNSET
+    kind: Kind | UnsetType = UNSET
+    status: Literal["ok", "error"] | UnsetType = UNSET
+    external_id: Line | UnsetType = UNSET
+    actor: Annotated[Line, Meta(description="`sub` or `issuer#sub`.")] | UnsetType = UNSET
+    ref: Annotated[Line, Meta(description="`type:id`, such as `invoice:9`.")] | UnsetType = UNSET
+    since: Annotated[Moment, Meta(description="Recorded then or later.")] | UnsetType = UNSET
+    until: Annotated[Moment, Meta(description="Recorded before.")] | UnsetType = UNSET
+    order: Literal["asc", "desc"] = "desc"
+
+
+class RecordPage(Struct, kw_only=True):
+    """A part of a list of records; `next` leads on."""
+
+    records: list[RecordedFact]
+    next: str | None
+
+
+@reading(
+    "/records",
+    tag="records",
+    query=RecordQuery,
+    answers={200: RecordPage},
+    sends=("Ledger-Position", "View-Behind"),
+    empty=lambda _: {"records": [], "next": None},
+)
+async def list_records(call: Call, query: RecordQuery) -> Answer:
+    """Records, newest first unless `order` says otherwise."""
+    at = await fresh(call, "records", query)
+    async with call.connection() as connection:
+        assert call.ledger_id is not None
+        page = await records.search(
+            connection,
+            call.ledger_id,
+            given(query, records.Filter),
+            limit=query.limit,
+            after=or_none(query.after),
+            order=query.order,
+        )
+    shown = {
+        "records": await resources.reveal(call.api.vault, call.caller.project_id, page.records),
+        "next": None if page.next is None else str(page.next),
+    }
+    return Answer(200, encode(shown), seen(at))
+
+
+@reading(
+    "/records/{record_id:str}",
+    tag="records",
+    query=Single,
+    headers=SingleHeaders,
+    answers={200: RecordedFact, 304: None},
+    sends=("Ledger-Position", "ETag"),
+)
+async def get_record(call: Call, query: Single) -> Answer:
+    """One record."""
+    ledger_id, record_id = call.ledger_id, call.path_id("record_id", "record")
+    assert ledger_id is not None
+    missing = NotFound(what="record", id=record_id)
+    return await single(call, query, "records", missing, lambda c, _: records.get(c, ledger_id, record_id))
+
+
+ROUTES = [commanding("POST", "/records", Record, listed=True), list_records, get_record]

@@ -1,11 +1,141 @@
 """Sessions over HTTP."""
 
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from api import resources
 from api.commands import commanding
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, OpenSession
+from api.events import FORMS, Listed, find, show
+from api.http import Answer, Call, encode
+from api.reading import LIMIT_MAX, Fresh, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
+from ledger import store
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Moment, OpenSession, Status
+from ledger.errors import MalformedRequest, NotFound
+from ledger.events import Line
+from ledger.postgres import Connection
+from ledger.replay import fold
+from ledger.session import Session
+from projections import Freshness, audit, sessions
+
+
+class SessionQuery(Fresh, kw_only=True, forbid_unknown_fields=True):
+    """Which sessions, and which part of the list."""
+
+    state: Status | UnsetType = UNSET
+    agent_role: Line | UnsetType = UNSET
+    label: Annotated[Line, Meta(description="`key:value` or `key=value`.")] | UnsetType = UNSET
+    since: Annotated[Moment, Meta(description="Opened then or later.")] | UnsetType = UNSET
+    until: Annotated[Moment, Meta(description="Opened before.")] | UnsetType = UNSET
+    page: Annotated[int, Meta(ge=1, le=10_001, description="Up to 10,000 sessions deep; `after` leads further.")] = 1
+    page_size: Annotated[int, Meta(ge=1, le=LIMIT_MAX)] = 20
+    limit: Annotated[int, Meta(ge=1, le=LIMIT_MAX, description="Another name of `page_size`.")] | UnsetType = UNSET
+    after: (
+        Annotated[str, Meta(max_length=100, description="Go on after this: `next` of the page before.")] | UnsetType
+    ) = UNSET
+    order: Annotated[Literal["desc"], Meta(description="Newest first, always.")] = "desc"
+
+
+class SessionPage(Struct, kw_only=True):
+    """A part of a list of sessions. Beyond 10,000 the total is not counted, and `next` is the way on."""
+
+    sessions: list[Session]
+    total: int
+    total_is_exact: bool
+    page: int
+    page_size: int
+    next: str | None
+
+
+def _no_sessions(query: SessionQuery) -> dict[str, Any]:
+    counted = {"total": 0, "total_is_exact": True, "page": query.page, "page_size": query.page_size}
+    return {"sessions": [], **counted, "next": None}
+
+
+@reading(
+    "/sessions",
+    tag="sessions",
+    query=SessionQuery,
+    answers={200: SessionPage},
+    sends=("Ledger-Position", "View-Behind"),
+    empty=_no_sessions,
+)
+async def list_sessions(call: Call, query: SessionQuery) -> Answer:
+    """Sessions, newest first."""
+    page_size = query.page_size if query.limit is UNSET else query.limit
+    if query.after is not UNSET and query.page != 1:
+        raise MalformedRequest([{"pointer": "page", "detail": "`after` says where to go on; send one of them"}])
+    at = await fresh(call, "sessions", query)
+    async with call.connection() as connection:
+        assert call.ledger_id is not None
+        page = await sessions.search(
+            connection,
+            call.ledger_id,
+            given(query, sessions.Filter),
+            limit=page_size,
+            offset=(query.page - 1) * page_size,
+            after=or_none(query.after),
+        )
+    shown = {
+        "sessions": await resources.reveal(call.api.vault, call.caller.project_id, page.sessions),
+        "total": page.total,
+        "total_is_exact": page.total_is_exact,
+        "page": query.page,
+        "page_size": page_size,
+        "next": page.next,
+    }
+    return Answer(200, encode(shown), seen(at))
+
+
+async def load(connection: Connection, ledger_id: UUID, session_id: UUID, at: Freshness) -> Session | None:
+    """The session as of `at`: from the view if it is there already, else from its stream."""
+    if not at.behind:
+        return await sessions.get(connection, ledger_id, session_id)
+    state = fold(await store.read_streams(connection, ledger_id, [session_id]))
+    return state if isinstance(state, Session) else None
+
+
+@reading(
+    "/sessions/{session_id:str}",
+    tag="sessions",
+    query=Single,
+    headers=SingleHeaders,
+    answers={200: Session, 304: None},
+    sends=("Ledger-Position", "ETag"),
+)
+async def get_session(call: Call, query: Single) -> Answer:
+    """One session, as it is now."""
+    ledger_id, session_id = call.ledger_id, call.path_id("session_id", "session")
+    assert ledger_id is not None
+    missing = NotFound(what="session", id=session_id)
+    return await single(call, query, "sessions", missing, lambda c, at: load(c, ledger_id, session_id, at))
+
+
+@reading(
+    "/sessions/{session_id:str}/events",
+    tag="sessions",
+    query=Listed,
+    answers={200: FORMS},
+    sends=("Ledger-Position", "View-Behind", "Link"),
+)
+async def get_session_events(call: Call, query: Listed) -> Answer:
+    """Everything of a session: its own events, and those of what belongs to it."""
+    session_id = call.path_id("session_id", "session")
+    assert call.ledger_id is not None
+    at = await fresh(call, "audit", query)
+    async with call.connection() as connection:
+        if await load(connection, call.ledger_id, session_id, Freshness(0, 1, is_parked=False)) is None:
+            raise NotFound(what="session", id=session_id)
+    return await show(call, await find(call, query, audit.Filter(session=session_id)), seen(at))
+
 
 ROUTES = [
     commanding("POST", "/sessions", OpenSession),
+    list_sessions,
+    get_session,
     commanding("PUT", "/sessions/{session_id:str}", ChangeSession, "session_id"),
     commanding("POST", "/sessions/{session_id:str}/cancel", CancelSession, "session_id"),
     commanding("POST", "/sessions/{session_id:str}/annotations", AnnotateSession, "session_id"),
+    get_session_events,
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from litestar import Request, route
 from litestar.exceptions import NotFoundException
+from litestar.params import FromPath
 
 from api import problems
 from api.http import JSON, READ, Answer, Operation
@@ -49,7 +50,7 @@ async def docs_of_problems() -> Answer:
 
 
 @route("/docs/{name:str}", http_method=READ)
-async def docs_file(name: str) -> Answer:
+async def docs_file(name: FromPath[str]) -> Answer:
     if name not in _FILES:
         raise NotFoundException
     return _page(files("api.docs").joinpath(name).read_bytes(), _FILES[name])

@@ -1,0 +1,227 @@
+"""The one flow of every read: who asks -> which parameters -> how fresh -> the answer.
+
+A list is read from its view once that has caught up to the head seen on arrival, or says by how much it is
+behind. A single thing never depends on a view: where that is behind, its stream is folded. Nothing is written.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qsl
+
+from litestar import Request, route
+from litestar.handlers import HTTPRouteHandler
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from api import resources
+from api.auth import READERS
+from api.http import READ, Answer, Call, Operation, convert, encode
+from api.resources import Resource
+from ledger import errors
+from ledger.errors import MalformedRequest, NotFound
+from ledger.events import Count
+from ledger.postgres import Connection
+from projections import Freshness, caught_up
+
+PARAMETERS_MAX = 50
+LIMIT_MAX = 200
+WAIT_SECONDS_MAX = 60
+LOOK_SECONDS = 0.02
+"""How often a change that is waited for is looked for."""
+
+REFUSALS = (
+    errors.MalformedRequest,
+    errors.Unauthenticated,
+    errors.Forbidden,
+    errors.UnknownProject,
+    errors.NotFound,
+    errors.StoreUnavailable,
+    errors.ViewBehind,
+    errors.UpgradeRequired,
+)
+"""Everything that a reader may be told instead of what was asked for."""
+
+Q = TypeVar("Q", bound=Struct)
+F = TypeVar("F", bound=Struct)
+T = TypeVar("T")
+
+
+class NoParameters(Struct, forbid_unknown_fields=True):
+    """For routes that take none."""
+
+
+class Fresh(Struct, kw_only=True, forbid_unknown_fields=True):
+    """How fresh an answer must be."""
+
+    min_position: (
+        Annotated[Count, Meta(description="Wait up to 1 s until this position is in the answer; 0 never waits.")]
+        | UnsetType
+    ) = UNSET
+
+
+class Listing(Fresh, kw_only=True, forbid_unknown_fields=True):
+    """Which part of a list."""
+
+    after: Annotated[Count, Meta(description="Go on after this: the `next` of the page before.")] | UnsetType = UNSET
+    limit: Annotated[int, Meta(ge=1, le=LIMIT_MAX, description="How many at most.")] = 50
+
+
+class Single(Fresh, kw_only=True, forbid_unknown_fields=True):
+    """How to wait for one thing."""
+
+    wait_seconds: Annotated[
+        int,
+        Meta(ge=0, le=WAIT_SECONDS_MAX, description="With If-None-Match: wait so long for a change before a 304."),
+    ] = 0
+
+
+class SingleHeaders(Struct, rename={"if_none_match": "If-None-Match"}):
+    if_none_match: (
+        Annotated[str, Meta(description='The ETag you have, such as `"3"`: 304 if it is still that.')] | UnsetType
+    ) = UNSET
+
+
+Work = Callable[[Call, Q], Awaitable[Answer]]
+
+
+def reading(
+    path: str,
+    *,
+    tag: str,
+    answers: dict[int, Any],
+    query: type[Q] = NoParameters,  # type: ignore[assignment]
+    headers: type[Struct] | None = None,
+    sends: tuple[str, ...] = (),
+    empty: Callable[[Q], dict[str, Any]] | None = None,
+) -> Callable[[Work[Q]], HTTPRouteHandler]:
+    """Make a GET route (and HEAD), for callers who may read, of a function of the call and its parameters.
+
+    `empty` is what a project that has no ledger yet is answered; without it the answer is 404.
+    """
+
+    def route_of(function: Work[Q]) -> HTTPRouteHandler:
+        async def work(call: Call) -> Answer:
+            call.read_headers()
+            call.authenticate()
+            call.caller.require(*READERS, action="Reading")
+            parameters = read_query(call.scope["query_string"], query)
+            if await call.find_ledger() is not None:
+                return await function(call, parameters)
+            if empty is None:
+                raise NotFound(what="ledger", id=call.caller.project_id)
+            wanted = getattr(parameters, "min_position", UNSET)
+            if wanted is not UNSET and wanted > 0:
+                raise errors.ViewBehind(view=function.__name__, position=0, wanted=wanted)
+            return Answer(200, encode(empty(parameters)))
+
+        async def handler(request: Request[Any, Any, Any]) -> Answer:
+            return await Call(request.scope).answer(work)
+
+        operation = Operation(
+            tag=tag,
+            name=function.__name__,
+            doc=function.__doc__ or "",
+            query=query,
+            headers=headers,
+            answers=answers,
+            sends=("Ledger-Id", *sends),
+            refusals=REFUSALS,
+        )
+        return route(path, http_method=READ, name=operation.name, opt={"operation": operation})(handler)
+
+    return route_of
+
+
+# Parameters
+
+
+def read_query(query_string: bytes, parameters: type[Q]) -> Q:
+    """The query parameters as `parameters` declares them. Raises MalformedRequest by name."""
+    sent: dict[str, str] = {}
+    if query_string:
+        try:
+            pairs = parse_qsl(query_string.decode("ascii"), True, errors="strict", max_num_fields=PARAMETERS_MAX)
+        except ValueError:
+            detail = f"the query is not percent-encoded UTF-8 of at most {PARAMETERS_MAX} parameters"
+            raise MalformedRequest([{"pointer": "", "detail": detail}]) from None
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise MalformedRequest([{"pointer": name, "detail": "it is there twice; send it once"} for name in twice])
+        sent = dict(pairs)
+    return convert(sent, parameters)
+
+
+def given(query: Struct, wanted: type[F]) -> F:
+    """What `query` says of the fields that `wanted` has."""
+    said = {name: getattr(query, name) for name in wanted.__struct_fields__ if hasattr(query, name)}
+    return wanted(**{name: value for name, value in said.items() if value is not UNSET})
+
+
+def or_none(value: T | UnsetType) -> T | None:
+    return None if value is UNSET else value
+
+
+# Freshness
+
+
+async def fresh(call: Call, view: str, query: Fresh) -> Freshness:
+    """Where `view` is, once it is as fresh as asked. Raises ViewBehind, StoreUnavailable."""
+    assert call.ledger_id is not None
+    return await caught_up(call.api.pool, view, call.ledger_id, min_position=or_none(query.min_position))
+
+
+def seen(freshness: Freshness) -> list[tuple[bytes, bytes]]:
+    """The headers that say how fresh an answer is."""
+    headers = [(b"ledger-position", b"%d" % freshness.position)]
+    if freshness.behind:
+        headers.append((b"view-behind", b"%d" % freshness.behind))
+    return headers
+
+
+# One thing
+
+Load = Callable[[Connection, Freshness], Awaitable[Resource | None]]
+
+
+async def single(call: Call, query: Single, view: str, missing: NotFound, load: Load) -> Answer:
+    """The one thing that `load` finds as of a head of the ledger; with If-None-Match, once it has changed."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + query.wait_seconds
+    known = call.headers.get(b"if-none-match")
+    at = await _head(call, query, view)
+    while True:
+        async with call.connection() as connection:
+            state = await load(connection, at)
+        if state is None:
+            raise missing
+        etag = resources.etag(state)
+        headers = [(b"etag", etag), (b"ledger-position", b"%d" % at.head)]
+        if known is None or not _matches(known, etag):
+            return Answer(200, await resources.encode(call.api.vault, call.caller.project_id, state), headers)
+        was = at.head
+        while at.head == was:
+            if loop.time() >= until:
+                return Answer(304, b"", headers)
+            # All who wait look at the same ticks, so that one query serves them all.
+            await asyncio.sleep(LOOK_SECONDS - loop.time() % LOOK_SECONDS)
+            at = await _look(call, view)
+
+
+async def _head(call: Call, query: Fresh, view: str) -> Freshness:
+    """The head of the ledger, `min_position` at least: a single thing is read there, wherever its view is."""
+    at = await _look(call, view)
+    if query.min_position is UNSET or at.head >= query.min_position:
+        return at
+    return await fresh(call, view, query)
+
+
+async def _look(call: Call, view: str) -> Freshness:
+    assert call.ledger_id is not None
+    return await caught_up(call.api.pool, view, call.ledger_id, timeout_seconds=0)
+
+
+def _matches(known: bytes, etag: bytes) -> bool:
+    """RFC 9110 s13.1.2: weak comparison with any of a list; `*` is any."""
+    tags = [tag.strip().removeprefix(b"W/") for tag in known.split(b",")]
+    return b"*" in tags or etag in tags
