@@ -7,7 +7,7 @@ with the command, and come out the same. A command sees the effects of those bef
 
 from asyncio import Future
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from types import ModuleType
@@ -76,10 +76,6 @@ class Pending(Struct, kw_only=True, eq=False):
     def key(self) -> tuple[str, str]:
         return self.principal, self.command_id
 
-    @property
-    def waiting(self) -> bool:
-        return any(not answer.done() for answer in self.answers)
-
     def resolve(self, verdict: Verdict) -> None:
         """Answer all who wait: the first, and the duplicates that latched onto it."""
         for answer in self.answers:
@@ -129,6 +125,10 @@ class Known(Protocol):
         """What is open under a root session. Raises NotLoaded."""
         ...
 
+    def refusals_left(self, principal: str) -> int:
+        """How many refusals of this principal may still be recorded within this minute."""
+        ...
+
 
 def expiry_command_id(command: ExpireSession) -> str:
     """Made from stream and deadline, so that any number of sweepers do it once."""
@@ -145,13 +145,11 @@ class Batch:
         vault: Vault,
         *,
         session_retention_days: int,
-        refusals_left: Callable[[str], int],
         absent: Iterable[UUID] = (),
     ) -> None:
         self._known = known
         self.project_id = known.project_id
         self.ledger_id = known.ledger_id
-        self._refusals_left = refusals_left
         self._vault = vault
         self._retention = timedelta(days=session_retention_days)
         self.recorded_at = recorded_at
@@ -188,6 +186,9 @@ class Batch:
     def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
         items = self.items.get(root_session_id)
         return self._known.open_items(root_session_id) if items is None else items
+
+    def refusals_left(self, principal: str) -> int:
+        return self._known.refusals_left(principal) - self.refused[principal]
 
     # Deciding
 
@@ -291,7 +292,7 @@ class Batch:
 
     def _refuse(self, pending: Pending, refusal: MunimentError) -> Verdict:
         """A refusal is a fact of its own: one event, in its own stream. Too many a minute are not."""
-        if self.refused[pending.principal] >= self._refusals_left(pending.principal):
+        if self.refusals_left(pending.principal) <= 0:
             return RateLimited(limit=REFUSALS_PER_MINUTE_MAX)
         self.refused[pending.principal] += 1
         command = pending.command

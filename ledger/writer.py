@@ -29,7 +29,7 @@ from psycopg_pool import PoolTimeout
 from ledger import store
 from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, Known, NotLoaded, Pending, Verdict
 from ledger.commands import Receipt
-from ledger.errors import ClockSkew, IdempotencyKeyReused, StoreUnavailable
+from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
 from ledger.postgres import Clock, Connection, Pool, store_errors
 from ledger.record import RecordedFact
 from ledger.replay import fold_all, recall
@@ -53,6 +53,10 @@ Key = tuple[str, str]
 
 class OutcomeUnknown(Exception):
     """The commit was sent, and whether it is durable was not said."""
+
+
+class Overtaken(Exception):
+    """Something was recorded that this process did not expect; under the lock it will be seen."""
 
 
 class Flight(Struct, eq=False):
@@ -163,11 +167,11 @@ class Writer:
                     ready = await self._prepare(batch, flight.decided if flight else self)
                 except Exception as error:  # noqa: BLE001  (the exact path meets it again, and says so)
                     log.debug("%d commands go by the exact path: %r", len(batch), error)
-                    exact = [pending for pending in batch if pending.waiting]
+                    exact = batch
             if flight is not None and not await self._landed(flight):
                 if ready is not None:
                     exact, ready = ready.fresh, None
-                await self._settle([pending for pending in flight.fresh if pending.waiting])
+                await self._settle(flight.fresh)
             flight = None
             if exact:
                 await self._settle(exact)
@@ -193,17 +197,29 @@ class Writer:
 
     async def _prepare(self, batch: list[Pending], on: Known) -> Flight | None:
         """Decide `batch` on top of `on`. No query, if nothing needs to be looked up."""
-        rows: dict[Key, CommandRow] = {}
-        doubtful = [pending.key for pending in batch if not self._surely_new(pending)]
-        if doubtful:
-            async with self._pool.connection() as connection:
-                rows = await store.find_commands(connection, self.ledger_id, doubtful)
+        rows = await self._find([pending for pending in batch if not self._surely_new(pending)])
         fresh = [pending for pending in batch if pending.key not in rows] if rows else batch
-        self._answer_again([pending for pending in batch if pending.key in rows], rows)
-        if not fresh:
-            return None
         absent = {p.target for p in fresh if p.command.creates and self._minted_since(p.target)}
-        return Flight(fresh, *await self._decide(None, fresh, on, absent))
+        decided, verdicts = await self._decide(None, fresh, on, absent)
+        # An error that leaves no trace meets no unique index, so only a look tells that it was answered before.
+        traceless = [p for p, v in zip(fresh, verdicts, strict=True) if isinstance(v, MunimentError)]
+        if await self._find([pending for pending in traceless if self._surely_new(pending)]):
+            raise Overtaken
+        self._answer_again([pending for pending in batch if pending.key in rows], rows)
+        return Flight(fresh, decided, verdicts) if fresh else None
+
+    async def _find(self, batch: list[Pending]) -> dict[Key, CommandRow]:
+        """What was recorded of these commands before, all of it as old as what is known here.
+
+        A younger one may be of a commit that still waits for its standby; under the lock we wait as well.
+        """
+        if not batch:
+            return {}
+        async with self._pool.connection() as connection:
+            rows = await store.find_commands(connection, self.ledger_id, [pending.key for pending in batch])
+        if any(row.seen_position > self.size for row in rows.values()):
+            raise Overtaken
+        return rows
 
     async def _append(self, decided: Batch) -> bool:
         """Append, or where there is nothing to append check the size: False if another was quicker."""
@@ -244,7 +260,7 @@ class Writer:
         try:
             await self._commit(batch)
         except (StoreUnavailable, ClockSkew) as error:
-            self._resolve((pending, error) for pending in batch if pending.waiting)
+            self._resolve((pending, error) for pending in batch)
         except Exception as error:
             if len(batch) == 1:
                 self._waiting.pop(batch[0].key, None)
@@ -253,7 +269,7 @@ class Writer:
             # One command that cannot be decided or stored must not take its neighbours with it.
             log.exception("A batch of %d commands failed; trying them one by one", len(batch))
             for pending in batch:
-                if pending.waiting:
+                if pending.key in self._waiting:
                     await self._settle([pending])
 
     async def _commit(self, batch: list[Pending]) -> None:
@@ -286,7 +302,8 @@ class Writer:
                 fresh = [pending for pending in batch if pending.key not in rows]
                 decided, verdicts = await self._decide(connection, fresh, self)
                 if decided.append.commands:
-                    assert await store.append(connection, decided.append), "the ledger grew under its lock"
+                    appended = await store.append(connection, decided.append)
+                    assert appended, "the ledger grew under its lock"
             # From here on the batch is durable, unless the server warned that its standby is not there.
             if connection.standby_missed:
                 raise OutcomeUnknown
@@ -328,12 +345,13 @@ class Writer:
                 recorded_at,
                 self._vault,
                 session_retention_days=self._session_retention_days,
-                refusals_left=lambda principal: self._refusals.left(self.ledger_id, principal),
                 absent=absent,
             )
             try:
                 return decided, [decided.decide(pending) for pending in batch]
             except NotLoaded as missing:
+                if missing.root and on is not self:
+                    raise  # the table does not know yet what the batch on its way closes under this root
                 unknown = {missing.stream} if missing.stream else await self._load_items(connection, missing.root)
 
     async def _load(self, connection: Connection | None, stream_ids: set[UUID]) -> None:
@@ -371,6 +389,9 @@ class Writer:
             return self.items[root_session_id]
         except KeyError:
             raise NotLoaded(root=root_session_id) from None
+
+    def refusals_left(self, principal: str) -> int:
+        return self._refusals.left(self.ledger_id, principal)
 
     # What is known
 
