@@ -4,7 +4,6 @@ One throw-away server a test process, one migrated template in it, one copy of t
 """
 
 import asyncio
-import fcntl
 import itertools
 import os
 import shutil
@@ -52,16 +51,21 @@ def new_home(parent: Path) -> Path:
     homes = parent / f"muniment-tests-{os.geteuid()}"
     homes.mkdir(mode=0o700, exist_ok=True)
     for home in homes.iterdir():
-        lock = home / "postgres" / "users.lock"
-        try:
-            with lock.open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (FileNotFoundError, BlockingIOError):
-            continue  # being made, or in use
+        owner = home.name.partition("-")[0]
+        if not owner.isdigit() or _lives(int(owner)):
+            continue
         if pid := EmbeddedServer(home).pid:
             os.kill(pid, signal.SIGQUIT)
         shutil.rmtree(home, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=homes))
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=homes))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def fastest_directory() -> Path:
