@@ -141,17 +141,17 @@ async def search(
     if offset > TOTAL_MAX:
         raise MalformedRequest([{"pointer": "page", "detail": f"it begins beyond {TOTAL_MAX}; use `after`"}])
     values = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
-    conditions = [getattr(SQL, name) for name in values if name != "label"]
-    values |= {"ledger_id": ledger_id, "limit": limit + 1, "offset": offset}
-    begin = SQL.from_all
+    parts = [SQL.from_all if wanted.label is None else SQL.from_label]
+    parts += [getattr(SQL, name) for name in values if name != "label"]
     if wanted.label is not None:
-        begin = SQL.from_label
         values["key"], values["value"] = _label(wanted.label)
-    count = b"SELECT count(*) FROM (SELECT %b LIMIT %d) AS s" % (b"\n".join([begin, *conditions]), TOTAL_MAX + 1)
+    values = {name: _column(value) if isinstance(value, str) else value for name, value in values.items()}
+    values |= {"ledger_id": ledger_id, "limit": limit + 1, "offset": offset, "total_max": TOTAL_MAX}
+    count = b"SELECT count(*) FROM (SELECT %b) AS s" % b"\n".join([*parts, SQL.newest_first, SQL.bound])
     if after is not None:
         values["after_time"], values["after_position"] = _read_cursor(after)
-        conditions.append(SQL.after)
-    page = b"\n".join([b"SELECT k.position, s.session", begin, *conditions, SQL.newest_first])
+        parts.append(SQL.after)
+    page = b"\n".join([b"SELECT k.position, s.session", *parts, SQL.newest_first, SQL.page])
     async with connection.pipeline():
         counted = await connection.execute(count, values, prepare=True)
         found = await connection.execute(page, values, prepare=True, binary=True)
@@ -181,9 +181,11 @@ def _cursor(position: int, session: Session) -> str:
 def _read_cursor(text: str) -> tuple[datetime, int]:
     try:
         microseconds, position = map(int, text.split("-"))
-        return _EPOCH + timedelta(microseconds=microseconds), position
+        if 0 < position < 2**63:
+            return _EPOCH + timedelta(microseconds=microseconds), position
     except (ValueError, OverflowError):
-        raise MalformedRequest([{"pointer": "after", "detail": "it is not a cursor that was given here"}]) from None
+        pass
+    raise MalformedRequest([{"pointer": "after", "detail": "it is not a cursor that was given here"}])
 
 
 async def due(connection: Connection, limit: int) -> list[Due]:

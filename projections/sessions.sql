@@ -68,4 +68,12 @@ AND k.opened_at < %(until)s
 AND (k.opened_at, k.position) < (%(after_time)s, %(after_position)s)
 
 -- name: newest_first
-ORDER BY k.opened_at DESC, k.position DESC LIMIT %(limit)s OFFSET %(offset)s
+ORDER BY k.opened_at DESC, k.position DESC
+
+-- name: page
+LIMIT %(limit)s OFFSET %(offset)s
+
+-- name: bound
+-- Counted in the list's order too: else the planner would take the first rows it meets for as good as any, and
+-- read the whole table for a rare state.
+LIMIT %(total_max)s + 1

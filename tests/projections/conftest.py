@@ -176,3 +176,11 @@ def deadline(seconds: float = 20) -> Iterator[Callable[[], None]]:
         assert asyncio.get_running_loop().time() < until, "it never came"
 
     yield check
+
+
+async def rows_read(connection: Connection, schema: str) -> int:
+    """How many rows of a view this connection has read, whatever it did with them. To be asked in a transaction."""
+    cursor = await connection.execute(
+        "SELECT sum(seq_tup_read + idx_tup_fetch) FROM pg_stat_xact_user_tables WHERE schemaname = %s", [schema]
+    )
+    return int((await cursor.fetchall())[0][0])
