@@ -1,0 +1,504 @@
+"""The bytes that can never change: entries, leaves, stamps; and what reading them must survive."""
+
+import base64
+import json
+from datetime import UTC, datetime, timedelta, timezone
+from hashlib import sha256
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ledger.errors import UpgradeRequired
+from ledger.events import (
+    ENTRY_BYTES_MAX,
+    FACTS,
+    SYSTEM,
+    Actor,
+    AgentDescription,
+    Artifact,
+    CommandRefused,
+    Cost,
+    Event,
+    Fact,
+    FactRecorded,
+    Principal,
+    Ref,
+    SessionActivated,
+    SessionAnnotated,
+    SessionCancelled,
+    SessionCompleted,
+    SessionExpired,
+    SessionFailed,
+    SessionMetadataChanged,
+    SessionOpened,
+    SessionTaskBound,
+    Usage,
+    canonical,
+    decode,
+    encode,
+    leaf_hash,
+    moment,
+    stamp,
+    whole,
+)
+
+NAMED = UUID("0199a7c2-5d4e-7000-8000-0123456789ab")
+AGENT = Actor(
+    issuer="https://id.example/realms/main",
+    sub="9f0c",
+    kind="agent",
+    assurance="authenticated",
+    roles=("agent",),
+    client="finance-bot",
+)
+SEALED = {"$sealed": {"subject": "a" * 32, "key": 1, "nonce": "AAAAAAAAAAAAAAAA", "box": "AAAA"}}
+
+
+def event_of(data: Fact, **fields: Any) -> Event[Any]:
+    """An event with everything fixed but what is given."""
+    told: dict[str, Any] = {
+        "v": 1,
+        "project": "demo",
+        "ledger": UUID("0199a7b0-0000-7000-8000-000000000001"),
+        "event_id": UUID("0199a7c3-0000-7000-8000-000000000002"),
+        "stream_type": data.stream_type,
+        "stream_id": NAMED,
+        "stream_version": 1,
+        "type": type(data).__name__,
+        "schema_version": 1,
+        "occurred_at": "2026-11-21T09:00:00.000000Z",
+        "recorded_at": "2026-11-21T09:00:00.001234Z",
+        "actor": AGENT,
+        "command_id": "0199a7c2-0000-7000-8000-000000000003",
+        "correlation_id": str(NAMED),
+        "data": data,
+    }
+    return Event(**told | fields)
+
+
+# The golden bytes. Each is one line of the ledger as it was first released: a change here is not a mistake
+# in the test but a broken proof for everyone who holds one. The middle, common to all, stands once.
+
+HEAD = (
+    '{"actor":{"assurance":"authenticated","client":"finance-bot","issuer":"https://id.example/realms/main",'
+    '"kind":"agent","roles":["agent"],"sub":"9f0c"},"command_id":"0199a7c2-0000-7000-8000-000000000003",'
+    '"correlation_id":"0199a7c2-5d4e-7000-8000-0123456789ab","data":'
+)
+TAIL = (
+    ',"event_id":"0199a7c3-0000-7000-8000-000000000002","ledger":"0199a7b0-0000-7000-8000-000000000001",'
+    '"occurred_at":"2026-11-21T09:00:00.000000Z","project":"demo","recorded_at":"2026-11-21T09:00:00.001234Z",'
+    '"schema_version":1,"stream_id":"0199a7c2-5d4e-7000-8000-0123456789ab","stream_type":"%s","stream_version":1,'
+    '"type":"%s","v":1}'
+)
+GOLDEN: list[tuple[Fact, str, str]] = [
+    (
+        SessionOpened(agent_role="finance", expires_at="2026-11-28T09:00:00.000000Z"),
+        '{"agent_role":"finance","expires_at":"2026-11-28T09:00:00.000000Z"}',
+        "7ae9fa014392cc17",
+    ),
+    (
+        SessionOpened(
+            agent_role="Prüfer \N{SNOWMAN}",
+            expires_at="2026-11-28T09:00:00.000000Z",
+            task_id="T-1",
+            metadata={"z": 1, "a": [1.5, None, True, {"é": SEALED}], "": '\n"\\/\x00'},
+            labels={"b": "2", "a": "1"},
+            parent_session_id=NAMED,
+            agent=AgentDescription(name="bot", model="m-1", policy_digest="sha256:" + "0" * 64),
+        ),
+        (
+            '{"agent":{"model":"m-1","name":"bot","policy_digest":"sha256:' + "0" * 64 + '"},'
+            '"agent_role":"Prüfer \N{SNOWMAN}","expires_at":"2026-11-28T09:00:00.000000Z","labels":{"a":"1","b":"2"},'
+            '"metadata":{"":"\\n\\"\\\\/\\u0000","a":[1.5,null,true,{"é":{"$sealed":{"box":"AAAA","key":1,'
+            '"nonce":"AAAAAAAAAAAAAAAA","subject":"' + "a" * 32 + '"}}}],"z":1},'
+            '"parent_session_id":"0199a7c2-5d4e-7000-8000-0123456789ab","task_id":"T-1"}'
+        ),
+        "312d5801e9409f21",
+    ),
+    (SessionActivated(), "{}", "fd13594b8144979a"),
+    (SessionCompleted(), "{}", "14560ff2208d325b"),
+    (SessionFailed(reason="no seats"), '{"reason":"no seats"}', "4d9365184bc7416e"),
+    (
+        SessionExpired(deadline="2026-11-28T09:00:00.000000Z"),
+        '{"deadline":"2026-11-28T09:00:00.000000Z"}',
+        "029aca6158d4ee15",
+    ),
+    (
+        SessionCancelled(reason=SEALED, cascade=True),
+        '{"cascade":true,"reason":' + canonical(SEALED).decode() + "}",
+        "b36fbe8bfa449f40",
+    ),
+    (SessionCancelled(), "{}", "b63367e4a7557b93"),
+    (SessionTaskBound(task_id="T-2"), '{"task_id":"T-2"}', "81ae1cce87a6ad38"),
+    (SessionTaskBound(), "{}", "1b4d8522573325d8"),
+    (SessionMetadataChanged(metadata={}), '{"metadata":{}}', "1d591fdcda256a79"),
+    (SessionAnnotated(text="seen"), '{"text":"seen"}', "eb536aa3c5fd1716"),
+    (FactRecorded(kind="note"), '{"kind":"note"}', "d41a962bd7ee9210"),
+    (
+        FactRecorded(
+            kind="model.called",
+            task_id=NAMED,
+            approval_id=NAMED,
+            parent_record_id=NAMED,
+            status="error",
+            started_at="0001-01-01T00:00:00.000000Z",
+            ended_at="9999-12-31T23:59:59.999999Z",
+            body={"n": 9007199254740991, "f": 0.1, "e": 1e300},
+            usage=Usage(model="m-1", input_tokens=0, cost=Cost("-0.10", "EUR")),
+            artifacts=(Artifact(uri="s3://a", size_bytes=0),),
+        ),
+        (
+            '{"approval_id":"0199a7c2-5d4e-7000-8000-0123456789ab","artifacts":[{"size_bytes":0,"uri":"s3://a"}],'
+            '"body":{"e":1e300,"f":0.1,"n":9007199254740991},"ended_at":"9999-12-31T23:59:59.999999Z",'
+            '"kind":"model.called","parent_record_id":"0199a7c2-5d4e-7000-8000-0123456789ab",'
+            '"started_at":"0001-01-01T00:00:00.000000Z","status":"error","task_id":"0199a7c2-5d4e-7000-8000-0123456789ab",'
+            '"usage":{"cost":{"amount":"-0.10","currency":"EUR"},"input_tokens":0,"model":"m-1"}}'
+        ),
+        "8e7cc69688e5e3a1",
+    ),
+    (
+        CommandRefused(
+            command_type="ChangeSession",
+            status=422,
+            code="invalid_transition",
+            params={"id": str(NAMED), "allowed": ["active"]},
+            attempted={"status": "completed"},
+            target=NAMED,
+        ),
+        (
+            '{"attempted":{"status":"completed"},"code":"invalid_transition","command_type":"ChangeSession",'
+            '"params":{"allowed":["active"],"id":"0199a7c2-5d4e-7000-8000-0123456789ab"},"status":422,'
+            '"target":"0199a7c2-5d4e-7000-8000-0123456789ab"}'
+        ),
+        "913d1438796e8a9d",
+    ),
+]
+
+each_golden = pytest.mark.parametrize(
+    ("data", "text", "leaf"), GOLDEN, ids=lambda v: type(v).__name__ if isinstance(v, Fact) else ""
+)
+
+
+def test_every_fact_has_golden_bytes() -> None:
+    assert {type(data) for data, _, _ in GOLDEN} == set(FACTS.values())
+    assert all(type(data).schema_version == 1 for data, _, _ in GOLDEN)
+
+
+@each_golden
+def test_an_entry_is_these_bytes_for_ever(data: Fact, text: str, leaf: str) -> None:
+    event = event_of(data)
+    entry, payload = encode(event)
+    assert entry.decode() == HEAD + text + TAIL % (data.stream_type, type(data).__name__)
+    assert payload is None
+    assert leaf_hash(entry).hex().startswith(leaf)
+    assert decode(entry) == decode(entry, None, type(data).__name__) == event
+
+
+def test_the_whole_envelope_is_these_bytes_for_ever() -> None:
+    actor = Actor(
+        issuer="https://id.example",
+        sub="mia",
+        kind="human",
+        assurance="imported",
+        roles=("approver", "auditor"),
+        client="console",
+        on_behalf_of=(Principal("i", "a"), Principal("i", "b")),
+        name=SEALED,
+        auth_time=1795251600,
+        acr="2",
+        amr=("pwd", "otp"),
+    )
+    event = event_of(
+        SessionActivated(),
+        actor=actor,
+        stream_version=7,
+        session_id=NAMED,
+        root_session_id=NAMED,
+        causation_id=NAMED,
+        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-03",
+        external_id="run#7",
+        refs=(Ref("invoice", "9"), Ref("order", "a:b")),
+        reason="because",
+    )
+    sealed = canonical(SEALED).decode()
+    assert encode(event)[0].decode() == (
+        '{"actor":{"acr":"2","amr":["pwd","otp"],"assurance":"imported","auth_time":1795251600,"client":"console",'
+        f'"issuer":"https://id.example","kind":"human","name":{sealed},'
+        '"on_behalf_of":[{"issuer":"i","sub":"a"},{"issuer":"i","sub":"b"}],"roles":["approver","auditor"],"sub":"mia"},'
+        '"causation_id":"0199a7c2-5d4e-7000-8000-0123456789ab","command_id":"0199a7c2-0000-7000-8000-000000000003",'
+        '"correlation_id":"0199a7c2-5d4e-7000-8000-0123456789ab","data":{},'
+        '"event_id":"0199a7c3-0000-7000-8000-000000000002","external_id":"run#7",'
+        '"ledger":"0199a7b0-0000-7000-8000-000000000001","occurred_at":"2026-11-21T09:00:00.000000Z","project":"demo",'
+        '"reason":"because","recorded_at":"2026-11-21T09:00:00.001234Z",'
+        '"refs":[{"id":"9","type":"invoice"},{"id":"a:b","type":"order"}],'
+        '"root_session_id":"0199a7c2-5d4e-7000-8000-0123456789ab","schema_version":1,'
+        '"session_id":"0199a7c2-5d4e-7000-8000-0123456789ab","stream_id":"0199a7c2-5d4e-7000-8000-0123456789ab",'
+        '"stream_type":"session","stream_version":7,'
+        '"traceparent":"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-03","type":"SessionActivated","v":1}'
+    )
+    assert decode(encode(event)[0]) == event
+
+
+# Data beside its entry
+
+
+def test_an_entry_whose_data_stands_beside_it_is_these_bytes_for_ever() -> None:
+    event = event_of(FactRecorded(kind="note", body="x" * ENTRY_BYTES_MAX))
+    entry, payload = encode(event)
+    assert payload == b'{"body":"' + b"x" * ENTRY_BYTES_MAX + b'","kind":"note"}'
+    digest = "a927d0f5636c36e79ca8d84d4aea329c544db71d9e37bd4c8ff92c7757f2d517"
+    assert sha256(payload).hexdigest() == digest
+    head, tail = HEAD.removesuffix('"data":'), TAIL % ("record", "FactRecorded")
+    assert entry.decode() == f'{head}"data_bytes":61465,"data_sha256":"{digest}"{tail}'
+    assert leaf_hash(entry).hex() == "5d88eb7a82989d3886c3119eb2db7de8ee185f2f98c51b0c2588dfd5dcfda41c"
+    assert decode(entry, payload) == event
+    assert whole(entry, payload) == msgspec.json.encode(event, order="sorted")
+
+
+def test_data_stands_beside_its_entry_only_where_that_would_be_over_60_kib() -> None:
+    least = len(encode(event_of(FactRecorded(kind="note", body="")))[0])
+    fits, payload = encode(event_of(FactRecorded(kind="note", body="x" * (ENTRY_BYTES_MAX - least))))
+    assert (len(fits), payload) == (60 * 1024, None)
+    entry, payload = encode(event_of(FactRecorded(kind="note", body="x" * (ENTRY_BYTES_MAX - least + 1))))
+    assert payload is not None
+    assert len(entry) < 1024
+
+
+@pytest.mark.parametrize("change", [b"y", b""])
+def test_a_payload_that_is_not_the_one_hashed_is_not_taken(change: bytes) -> None:
+    entry, payload = encode(event_of(FactRecorded(kind="note", body="x" * ENTRY_BYTES_MAX)))
+    assert payload is not None
+    with pytest.raises(ValueError, match="not the one"):
+        decode(entry, payload[:20] + change + payload[21:])
+    small, _ = encode(event_of(SessionActivated()))
+    with pytest.raises(ValueError, match="not the one"):
+        whole(small, payload)
+
+
+# Leaves: TLOG s1, RFC 6962 s2.1
+
+
+def test_a_leaf_is_the_hash_of_the_bytes_behind_a_zero() -> None:
+    assert base64.b64encode(leaf_hash(b"hello world")) == b"TszzRgjTG6xce+z2AG31kAXYKBgQVtCSCE40HmuwBb0="
+    assert leaf_hash(b"") == sha256(b"\0").digest()
+
+
+def test_the_leaves_are_those_of_the_reference_tree() -> None:
+    def root(level: list[bytes]) -> bytes:
+        if len(level) == 1:
+            return level[0]
+        left = 1 << (len(level) - 1).bit_length() - 1
+        return sha256(b"\1" + root(level[:left]) + root(level[left:])).digest()
+
+    entries = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", bytes(range(0x60, 0x70)).hex()]
+    expected = "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
+    assert root([leaf_hash(bytes.fromhex(entry)) for entry in entries]).hex() == expected
+
+
+# The canonical form
+
+
+def test_the_canonical_form_is_sorted_by_code_point_tight_and_unescaped() -> None:
+    value = {"b": 1, "a": {"\U0001f600": 1, "\ufffd": 2, "é": "\u2028/<>&\x7f", "": []}, "A": [1.0, -0.0, 1e22, 5e-324]}
+    assert canonical(value).decode() == (
+        '{"A":[1.0,-0.0,1e22,5e-324],"a":{"":[],"é":"\u2028/<>&\x7f","\ufffd":2,"\U0001f600":1},"b":1}'
+    )
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(JSON)
+def test_the_canonical_form_is_that_of_every_json_writer_that_sorts(value: Any) -> None:
+    text = canonical(value)
+    assert json.loads(text) == value
+    assert canonical(msgspec.json.decode(text)) == text
+    if not any(isinstance(part, float) for part in parts_of(value)):  # 1e22 or 1e+22: that differs among writers
+        assert text.decode() == json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).replace(
+            "\x7f", "\x7f"
+        )
+
+
+def parts_of(value: Any) -> list[Any]:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value, *(part for item in inside for part in parts_of(item))]
+
+
+# Reading back
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
+STAMPS = st.datetimes(timezones=st.just(UTC)).map(stamp)
+JSONS = st.dictionaries(st.text(max_size=8), JSON, max_size=3)
+DATA: st.SearchStrategy[Fact] = st.one_of(
+    st.builds(
+        SessionOpened,
+        agent_role=WORDS,
+        expires_at=STAMPS,
+        task_id=st.none() | WORDS,
+        metadata=JSONS,
+        labels=st.dictionaries(WORDS, WORDS, max_size=3),
+        parent_session_id=st.none() | st.uuids(),
+        agent=st.none() | st.builds(AgentDescription, name=st.none() | WORDS, model=WORDS),
+    ),
+    st.builds(SessionActivated),
+    st.builds(SessionCompleted),
+    st.builds(SessionFailed, reason=JSON),
+    st.builds(SessionExpired, deadline=STAMPS),
+    st.builds(SessionCancelled, reason=JSON, cascade=st.booleans()),
+    st.builds(SessionTaskBound, task_id=st.none() | WORDS),
+    st.builds(SessionMetadataChanged, metadata=JSONS),
+    st.builds(SessionAnnotated, text=JSON),
+    st.builds(
+        FactRecorded,
+        kind=WORDS,
+        status=st.sampled_from(["ok", "error", None]),
+        body=JSON | st.text(min_size=1).map(lambda text: text * ENTRY_BYTES_MAX),
+        usage=st.none() | st.builds(Usage, input_tokens=st.integers(0, 2**53 - 1), cost=st.just(Cost("1.50", "EUR"))),
+        artifacts=st.lists(st.builds(Artifact, uri=WORDS), max_size=2).map(tuple),
+    ),
+    st.builds(
+        CommandRefused,
+        command_type=WORDS,
+        status=st.integers(400, 599),
+        code=WORDS,
+        params=JSONS,
+        attempted=JSON,
+        target=st.none() | st.uuids(),
+    ),
+)
+
+
+@settings(deadline=None)
+@given(
+    DATA, JSON, st.lists(st.builds(Ref, WORDS.map(lambda text: text.replace(":", "")).filter(len), WORDS), max_size=3)
+)
+def test_an_event_is_read_back_as_it_was_written(data: Fact, reason: Any, refs: list[Ref]) -> None:
+    event = event_of(data, actor=SYSTEM, reason=reason, refs=tuple(refs))
+    entry, payload = encode(event)
+    assert len(entry) <= ENTRY_BYTES_MAX
+    assert decode(entry, payload) == event
+    assert encode(decode(entry, payload)) == (entry, payload)
+
+
+def changed(entry: bytes, **fields: Any) -> bytes:
+    return canonical(msgspec.json.decode(entry) | fields)
+
+
+def test_a_type_this_release_does_not_know_stops_the_reader() -> None:
+    entry = changed(encode(event_of(SessionActivated()))[0], type="SessionTeleported", schema_version=3)
+    for known in (None, "SessionTeleported"):
+        with pytest.raises(UpgradeRequired) as error:
+            decode(entry, None, known)
+        assert error.value.params == {"type": "SessionTeleported", "schema_version": 3}
+        assert (error.value.status, error.value.recorded) == (503, False)
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"beam": {"a": 1}}, {"agent_role": 5}, {"agent_role": "a", "expires_at": "x"}, [], 1]
+)
+def test_a_newer_schema_version_stops_the_reader_whatever_its_data_is(data: Any) -> None:
+    entry = encode(event_of(SessionOpened(agent_role="a", expires_at="x")))[0]
+    with pytest.raises(UpgradeRequired, match="SessionOpened in schema version 2"):
+        decode(changed(entry, schema_version=2, data=data))
+
+
+@pytest.mark.parametrize("event", [event_of(data) for data, _, _ in GOLDEN], ids=lambda event: event.type)
+def test_a_field_that_a_newer_release_added_is_passed_over(event: Event[Any]) -> None:
+    """It was added with a default, so what is known here still means what it meant."""
+    told = msgspec.json.decode(encode(event)[0])
+    told["data"]["added"] = told["added"] = told["actor"]["added"] = {"x": [1]}
+    assert decode(canonical(told)) == event
+
+
+def test_a_part_with_a_field_that_is_not_known_needs_a_newer_schema_version() -> None:
+    """Refs, usage, artifacts and the agent's description are strict, as in requests: to add to them is to
+    raise the version, and then an older reader stops rather than shows half of it."""
+    entry = encode(event_of(FactRecorded(kind="a", usage=Usage(model="m"))))[0]
+    data = {"kind": "a", "usage": {"model": "m", "added": 1}}
+    with pytest.raises(UpgradeRequired):
+        decode(changed(entry, schema_version=2, data=data))
+    with pytest.raises(msgspec.ValidationError):
+        decode(changed(entry, data=data))
+
+
+@pytest.mark.parametrize(
+    "entry", [b"", b"{}", b"null", b'{"type":1}', b"\xff", b'{"type":"SessionOpened","schema_version":1}']
+)
+def test_bytes_that_are_no_event_are_not_taken_for_one(entry: bytes) -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        decode(entry)
+
+
+# Times
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("0001-01-01T00:00:00.000000Z", datetime(1, 1, 1, tzinfo=UTC)),
+        ("0987-12-31T23:59:59.000001Z", datetime(987, 12, 31, 23, 59, 59, 1, tzinfo=UTC)),
+        (
+            "2026-11-21T09:00:00.000000Z",
+            datetime(2026, 11, 21, 14, 30, tzinfo=timezone(timedelta(hours=5, minutes=30))),
+        ),
+        ("2026-11-22T08:59:00.000000Z", datetime(2026, 11, 21, 9, tzinfo=timezone(-timedelta(hours=23, minutes=59)))),
+        ("9999-12-31T23:59:59.999999Z", datetime.max.replace(tzinfo=UTC)),
+    ],
+)
+def test_a_stamp_is_27_characters_of_utc(text: str, time: datetime) -> None:
+    assert stamp(time) == text
+    assert moment(text) == time
+    assert moment(text).utcoffset() == timedelta(0)
+
+
+TIMES = st.datetimes(
+    datetime.min + timedelta(days=1),  # noqa: DTZ901  (bounds are asked for without a zone)
+    datetime.max - timedelta(days=1),  # noqa: DTZ901
+    timezones=st.integers(-1439, 1439).map(lambda m: timezone(timedelta(minutes=m))),
+)
+
+
+@settings(deadline=None)
+@given(TIMES, TIMES)
+def test_stamps_sort_as_the_times_they_are(one: datetime, other: datetime) -> None:
+    assert moment(stamp(one)) == one
+    assert len(stamp(one)) == 27
+    assert (stamp(one) < stamp(other)) == (one < other)
+    assert (stamp(one) == stamp(other)) == (one == other)
+
+
+@pytest.mark.parametrize("text", ["2026-11-21T09:00:00Z", "2026-11-21T09:00:00.000000+00:00", "", "2026-11-21"])
+def test_what_is_no_stamp_has_no_moment(text: str) -> None:
+    with pytest.raises(ValueError, match="does not match format"):
+        moment(text)
+
+
+def test_a_principal_is_its_issuer_and_its_subject_and_nothing_else() -> None:
+    assert AGENT.principal == "https://id.example/realms/main#9f0c"
+    assert SYSTEM.principal == "muniment#system"
+
+
+def test_the_fields_that_may_be_personal_are_the_free_ones() -> None:
+    assert {name: fact.personal for name, fact in FACTS.items() if fact.personal} == {
+        "SessionOpened": ("metadata",),
+        "SessionFailed": ("reason",),
+        "SessionCancelled": ("reason",),
+        "SessionMetadataChanged": ("metadata",),
+        "SessionAnnotated": ("text",),
+        "FactRecorded": ("body",),
+        "CommandRefused": ("attempted",),
+    }
