@@ -13,14 +13,11 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from ledger.embedded import OWNER, running_database
 from ledger.errors import MunimentError
 from ledger.programs import EmbeddedError
 from ledger.project_key import UnusableKey
 from ledger.settings import InvalidSettings, Settings
-from ops.migrate import MigrationError, migrate
-from ops.projects import project, token
-from ops.up import UpError, end_with_supervisor, up
+from ops import OperatorError
 
 _SETTINGS = """
 **Settings** are environment variables. Those of secrets (the URLs below) may instead be given as
@@ -51,8 +48,9 @@ app = App(
     help_epilogue=_SETTINGS,
 )
 
-app.command(project)
-app.command(token)
+# By name, and imported when called: a command starts faster when it does not load all others.
+app.command("ops.projects:project", name="project")
+app.command("ops.projects:token", name="token")
 
 Supervised = Annotated[bool, Parameter(show=False, negative=())]
 
@@ -63,6 +61,8 @@ async def _up() -> None:
 
     Prints where it listens and where its data is. Ctrl-C or SIGTERM stops all of it.
     """
+    from ops.up import up
+
     await up(_settings())
 
 
@@ -72,6 +72,9 @@ async def _migrate() -> None:
 
     Needs the rights of the database's owner: MIGRATE_DATABASE_URL. Run it before a new version starts.
     """
+    from ledger.embedded import OWNER, running_database
+    from ops.migrate import MigrationError, migrate
+
     with running_database(_settings(), OWNER) as settings:
         if settings.migrate_database_url is None:
             raise MigrationError("MIGRATE_DATABASE_URL is not set, and production needs it to migrate: name the owner")
@@ -85,7 +88,8 @@ def _api(*, supervised: Supervised = False) -> None:
 
     The database must have been migrated.
     """
-    from ops.serve import serve
+    from ledger.embedded import running_database
+    from ops.serve import end_with_supervisor, serve
 
     if supervised:
         end_with_supervisor()
@@ -103,6 +107,8 @@ async def _worker(*, supervised: Supervised = False) -> None:
     They agree among themselves who does what; when one dies another takes over. The database must have
     been migrated.
     """
+    from ledger.embedded import running_database
+    from ops.serve import end_with_supervisor
     from ops.worker import run
 
     if supervised:
@@ -126,7 +132,7 @@ def main() -> None:
         app()
     except InvalidSettings as error:
         sys.exit(f"Muniment cannot run with these settings:\n{error}")
-    except (EmbeddedError, MigrationError, MunimentError, UnusableKey, UpError) as error:
+    except (EmbeddedError, MunimentError, OperatorError, UnusableKey) as error:
         sys.exit(f"muniment: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

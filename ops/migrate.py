@@ -23,6 +23,7 @@ import psycopg
 from psycopg import AsyncConnection
 
 from ledger.embedded import EmbeddedServer
+from ops import OperatorError
 
 NO_TRANSACTION = "-- no-transaction\n"
 DEFAULT_DEPLOYMENT = "localhost"
@@ -48,7 +49,7 @@ GRANT SELECT ON muniment.migrations, muniment.deployment TO public;
 """
 
 
-class MigrationError(Exception):
+class MigrationError(OperatorError):
     """The database cannot be brought to this version; the message says why and what to do."""
 
 

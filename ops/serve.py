@@ -60,3 +60,8 @@ def end_after(other_ended: Callable[[], object]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, name="end-after", daemon=True).start()
+
+
+def end_with_supervisor() -> None:
+    """In a child of `muniment up`: end when that is gone, however it went; it holds our stdin open."""
+    end_after(lambda: os.read(0, 1))

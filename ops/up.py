@@ -23,8 +23,9 @@ import httpx
 
 from ledger.embedded import EmbeddedServer
 from ledger.settings import Settings
+from ops import OperatorError
 from ops.migrate import DatabaseUnreachable, migrate
-from ops.serve import STOP_SECONDS, end_after
+from ops.serve import STOP_SECONDS
 
 HEALTHY_SECONDS_MAX = 60
 DEATHS_MAX = 5
@@ -32,7 +33,7 @@ DEATHS_WITHIN_SECONDS = 60
 SUPERVISED = "--supervised"
 
 
-class UpError(Exception):
+class UpError(OperatorError):
     """Muniment cannot be brought up, or not be kept up; the message says why and what to do."""
 
 
@@ -168,11 +169,6 @@ class Child:
             while time.monotonic() < deadline:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 await asyncio.sleep(0.01)
-
-
-def end_with_supervisor() -> None:
-    """In a child: end when `up` is gone, however it went."""
-    end_after(lambda: os.read(0, 1))
 
 
 async def _keep_postgres(server: EmbeddedServer) -> None:
