@@ -18,6 +18,8 @@ from ledger.postgres import Connection, bigints, byteas, queries, smallints, tex
 
 SQL = queries("ledger", "store")
 
+_BIGINT_MAX = 2**63 - 1
+
 
 class Ledger(NamedTuple):
     """A project's ledger and where it stands."""
@@ -46,6 +48,14 @@ class Stored(NamedTuple):
     def decode(self) -> Recorded:
         """Raises UpgradeRequired where a newer release wrote it."""
         return Recorded(self.position, decode(self.entry, self.payload, self.type))
+
+
+class Locked(NamedTuple):
+    """What a ledger is when it has just been locked. See `lock`."""
+
+    head: Head
+    changed: list[UUID]
+    commands: dict[tuple[str, str], "CommandRow"]
 
 
 class EventRow(NamedTuple):
@@ -115,12 +125,24 @@ async def head(connection: Connection, ledger_id: UUID) -> Head:
     return Head(*row)
 
 
-async def lock(connection: Connection, ledger_id: UUID) -> Head:
-    """Where the ledger stands, and nobody else appends until the transaction ends."""
-    cursor = await connection.execute(SQL.lock, {"ledger_id": ledger_id}, prepare=True)
-    row = await cursor.fetchone()
+async def lock(
+    connection: Connection, ledger_id: UUID, seen: int, changed_max: int, keys: Sequence[tuple[str, str]]
+) -> Locked:
+    """Lock the ledger until the transaction ends: nobody else appends; and tell what one must know then.
+
+    That is where it stands, the streams that changed after position `seen` (looking at `changed_max` events;
+    none if `seen` is negative), and which of the commands `keys` were answered. One round trip: each statement
+    sees what was committed before it, so those after the lock see everything.
+    """
+    after = seen if seen >= 0 else _BIGINT_MAX
+    async with connection.pipeline():
+        locked = await connection.execute(SQL.lock, {"ledger_id": ledger_id}, prepare=True)
+        values = {"ledger_id": ledger_id, "after": after, "limit": changed_max}
+        changed = await connection.execute(SQL.changed_streams, values, prepare=True, binary=True)
+        commands = await _find_commands(connection, ledger_id, keys)
+    row = await locked.fetchone()
     assert row is not None
-    return Head(*row)
+    return Locked(Head(*row), [stream for (stream,) in await changed.fetchall()], _by_key(await commands.fetchall()))
 
 
 async def append(connection: Connection, batch: Append) -> bool:
@@ -212,29 +234,21 @@ async def _read(connection: Connection, sql: Any, values: dict[str, Any]) -> lis
     return [Stored(*row) for row in await cursor.fetchall()]
 
 
-async def changed_streams(connection: Connection, ledger_id: UUID, after: int) -> list[UUID]:
-    """The streams that have events after a position."""
-    cursor = await connection.execute(
-        SQL.changed_streams, {"ledger_id": ledger_id, "after": after}, prepare=True, binary=True
-    )
-    return [row[0] for row in await cursor.fetchall()]
-
-
 async def find_commands(
     connection: Connection, ledger_id: UUID, keys: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], CommandRow]:
     """The commands of these (principal, command id) that were answered before."""
-    if not keys:
-        return {}
+    return _by_key(await (await _find_commands(connection, ledger_id, keys)).fetchall()) if keys else {}
+
+
+async def _find_commands(connection: Connection, ledger_id: UUID, keys: Sequence[tuple[str, str]]) -> Any:
     principals, command_ids = zip(*keys, strict=True)
-    cursor = await connection.execute(
-        SQL.find_commands,
-        {"ledger_id": ledger_id, "principals": texts(principals), "command_ids": texts(command_ids)},
-        prepare=True,
-        binary=True,
-    )
-    rows = [CommandRow(*row) for row in await cursor.fetchall()]
-    return {(row.principal, row.command_id): row for row in rows}
+    values = {"ledger_id": ledger_id, "principals": texts(principals), "command_ids": texts(command_ids)}
+    return await connection.execute(SQL.find_commands, values, prepare=True, binary=True)
+
+
+def _by_key(rows: Iterable[tuple[Any, ...]]) -> dict[tuple[str, str], CommandRow]:
+    return {(row.principal, row.command_id): row for row in (CommandRow(*values) for values in rows)}
 
 
 async def read_open_items(connection: Connection, ledger_id: UUID, roots: Iterable[UUID]) -> list[OpenItem]:

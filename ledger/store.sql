@@ -80,8 +80,12 @@ ORDER BY e.position
 LIMIT %(limit)s
 
 -- name: changed_streams
--- The streams that have events after a position.
-SELECT DISTINCT stream_id FROM ledger.events WHERE ledger_id = %(ledger_id)s AND position > %(after)s
+-- The streams of the first events after a position.
+SELECT DISTINCT stream_id
+FROM (
+    SELECT stream_id FROM ledger.events WHERE ledger_id = %(ledger_id)s AND position > %(after)s
+    ORDER BY position LIMIT %(limit)s
+) AS later
 
 -- name: read_positions
 -- The events at these positions.

@@ -33,7 +33,7 @@ from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreU
 from ledger.postgres import Clock, Connection, Pool, store_errors
 from ledger.record import RecordedFact
 from ledger.replay import fold_all, recall
-from ledger.store import CommandRow, Head, Ledger, OpenItem
+from ledger.store import CommandRow, Ledger, Locked, OpenItem
 from ledger.vault import Vault
 
 log = logging.getLogger(__name__)
@@ -296,10 +296,11 @@ class Writer:
             connection.standby_missed = False
             if self._clock.stale:
                 await self._clock.measure(connection)
-            async with connection.transaction():
-                await self._catch_up(connection, await store.lock(connection, self.ledger_id))
-                rows = await store.find_commands(connection, self.ledger_id, [p.key for p in batch])
-                fresh = [pending for pending in batch if pending.key not in rows]
+            async with connection.pipeline(), connection.transaction():
+                keys = [pending.key for pending in batch]
+                locked = await store.lock(connection, self.ledger_id, self.size, TAIL_EVENTS_MAX, keys)
+                self._catch_up(locked)
+                fresh = [pending for pending in batch if pending.key not in locked.commands]
                 decided, verdicts = await self._decide(connection, fresh, self)
                 if decided.append.commands:
                     appended = await store.append(connection, decided.append)
@@ -309,22 +310,21 @@ class Writer:
                 raise OutcomeUnknown
         self._accept(decided)
         self._resolve(zip(fresh, verdicts, strict=True))
-        self._answer_again([p for p in batch if p.key in rows], rows)
+        self._answer_again([p for p in batch if p.key in locked.commands], locked.commands)
 
-    async def _catch_up(self, connection: Connection, head: Head) -> None:
-        """Forget what other processes changed since; called under the lock."""
-        if head.size == self.size:
+    def _catch_up(self, locked: Locked) -> None:
+        """Forget what other processes changed since."""
+        if locked.head.size == self.size:
             self._alone_batches += 1
         else:
             self._alone_batches = 0
             self._complete_since = self._clock.now().timestamp()
             self.items.clear()
-            if self.size < 0 or head.size - self.size > TAIL_EVENTS_MAX:
+            if self.size < 0 or locked.head.size - self.size > TAIL_EVENTS_MAX:
                 self.streams.clear()
-            else:
-                for stream_id in await store.changed_streams(connection, self.ledger_id, self.size):
-                    self.streams.pop(stream_id, None)
-        self.size, self.recorded_at = head
+            for stream_id in locked.changed:
+                self.streams.pop(stream_id, None)
+        self.size, self.recorded_at = locked.head
 
     # Deciding
 
