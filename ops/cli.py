@@ -51,6 +51,7 @@ app = App(
 # By name, and imported when called: a command starts faster when it does not load all others.
 app.command("ops.projects:project", name="project")
 app.command("ops.projects:token", name="token")
+app.command("ops.importing:importing", name="import")
 
 Supervised = Annotated[bool, Parameter(show=False, negative=())]
 

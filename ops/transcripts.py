@@ -39,42 +39,48 @@ class Transcript:
     """One file of runs. Memory holds one run at a time, except for a file that is a single run."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where the file cannot be opened."""
-        self.name = path.name
-        self.size_bytes = path.stat().st_size
-        self._file = path.open("rb")
+        self.path = path
+        self.read_bytes = 0
+        """How far it has been read, of `size_bytes`."""
 
     @property
-    def read_bytes(self) -> int:
-        """How far it has been read, of `size_bytes`."""
-        return self.size_bytes if self._file.closed or not self._file.seekable() else self._file.tell()
+    def size_bytes(self) -> int:
+        """As it is now; 0 where there is none."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
 
     def runs(self) -> Iterator[Run | Unusable]:
         """Every run, and everything that is not one, in the order of the file."""
-        with self._file:
-            for index, (place, value) in enumerate(self._places()):
-                where = f"{self.name} {place}".rstrip()
-                if isinstance(value, Unusable):
-                    yield Unusable(f"{where} {value.where}".rstrip(), value.reason)
-                else:
-                    yield _run(value, f"{_short(self.name)}#{index}", where)
-
-    def _places(self) -> Iterator[tuple[str, Any]]:
-        opened: Any = self._file
-        unzipped = _Unzipped(opened)
-        if opened.peek(2)[:2] == b"\x1f\x8b":
-            opened = io.BufferedReader(unzipped)
-        wide = opened.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
-        # A byte that is no character costs one character and not a run: `mended` shows it.
-        encoding, errors = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")
-        by_line = self.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
         try:
-            with io.TextIOWrapper(opened, encoding, errors, newline="\n") as text:
-                yield from _values(text, by_line)
+            with self.path.open("rb") as file:
+                for index, (place, value) in enumerate(_places(file, self.path.name)):
+                    self.read_bytes = file.tell() if not file.closed and file.seekable() else self.read_bytes
+                    where = f"{self.path} {place}".rstrip()
+                    if isinstance(value, Unusable):
+                        yield Unusable(f"{where} {value.where}".rstrip(), value.reason)
+                    else:
+                        yield _run(value, f"{_short(self.path.name)}#{index}", where)
         except OSError as error:
-            yield "", Unusable("from here on", f"it cannot be read: {error.strerror or error}")
-        if unzipped.damage:
-            yield "", Unusable("from here on", f"the compressed file is damaged: {unzipped.damage}")
+            yield Unusable(str(self.path), f"it cannot be read on: {error.strerror or error}")
+        self.read_bytes = self.size_bytes
+
+
+def _places(file: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+    """The values in a file, and where in it each stands."""
+    opened: Any = file
+    unzipped = _Unzipped(file)
+    if opened.peek(2)[:2] == b"\x1f\x8b":
+        opened = io.BufferedReader(unzipped)
+    wide = opened.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
+    # A byte that is no character costs one character and not a run: `mended` shows it.
+    encoding, errors = ("utf-16", "replace") if wide else ("utf-8-sig", "surrogateescape")
+    by_line = name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    with io.TextIOWrapper(opened, encoding, errors, newline="\n") as text:
+        yield from _values(text, by_line)
+    if unzipped.damage:
+        yield "", Unusable("from here on", f"the compressed file is damaged: {unzipped.damage}")
 
 
 class _Unzipped(io.RawIOBase):

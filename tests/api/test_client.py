@@ -29,6 +29,7 @@ from ledger.errors import (
     RateLimited,
     StoreUnavailable,
     Unauthenticated,
+    ViewBehind,
 )
 from ledger.events import Recorded
 from tests.check import check_ledger, of_type
@@ -38,7 +39,7 @@ from tests.server import Server, new_project, shared_server
 
 @pytest.fixture(scope="module")
 def server(postgres: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with shared_server(postgres, tmp_path_factory.mktemp("server")) as server:
+    with shared_server(postgres, tmp_path_factory.mktemp("server"), ("api", "worker")) as server:
         yield server
 
 
@@ -180,6 +181,45 @@ async def test_the_limit_on_refusals_is_raised_when_waiting_is_over(server: Serv
         wrong = [ChangeSession(session_id=session_id, status="completed") for _ in range(61)]
         with pytest.raises(RateLimited):
             await client.send(wrong)
+
+
+# Reading
+
+
+async def test_what_was_sent_is_read_back(client: Client) -> None:
+    opened = await client.open_session("support", labels={"team": "a"}, external_id="mine")
+    session_id = UUID(opened.body["session_id"])
+    recorded = await client.record("a.fact", session_id=session_id, body={"words": "rare zebra"})
+    await client.wait(2)
+    assert await client.get_session(session_id) == opened.body
+    assert await client.get_record(UUID(recorded.body["record_id"])) == recorded.body
+    assert [session["external_id"] async for session in client.list_sessions(label="team:a")] == ["mine"]
+    assert [session async for session in client.list_sessions(state="completed")] == []
+    assert [record["body"] async for record in client.list_records(session_id=session_id)] == [{"words": "rare zebra"}]
+    of_session = [event["type"] async for event in client.session_events(session_id)]
+    assert of_session == ["SessionOpened", "FactRecorded"]
+    assert [event["position"] async for event in client.search("zebra")] == [2]
+    with pytest.raises(NotFound):
+        await client.get_session(uuid4())
+
+
+async def test_a_list_is_read_page_by_page_to_its_end_or_limit(client: Client) -> None:
+    await client.send(Record(kind="a.fact", body=n) for n in range(1100))
+    await client.wait(1100)
+    positions = [event["position"] async for event in client.events()]
+    assert positions == list(range(1, 1101))
+    assert [event["position"] async for event in client.events(after=1000, limit=3)] == [1001, 1002, 1003]
+    assert [event["position"] async for event in client.events(after=1099)] == [1100]
+    assert [event async for event in client.events(after=1100)] == []
+    assert [event async for event in client.events(limit=0)] == []
+    bodies = [record["body"] async for record in client.list_records(limit=450)]
+    assert len(bodies) == len(set(bodies)) == 450
+
+
+async def test_waiting_for_what_never_comes_ends(client: Client) -> None:
+    await client.record("a.fact")
+    with pytest.raises(ViewBehind):
+        await client.wait(1000, timeout_seconds=1.5)
 
 
 # Servers that come and go

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +21,12 @@ Read = Callable[[str, str | bytes], list[Run | Unusable]]
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Read:
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
     def read(name: str, content: str | bytes) -> list[Run | Unusable]:
         path = tmp_path / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return list(Transcript(path).runs())
+        monkeypatch.chdir(tmp_path)
+        return list(Transcript(Path(name)).runs())
 
     return read
 
@@ -165,6 +168,43 @@ def test_memory_holds_one_run_of_a_large_list_and_not_the_file(tmp_path: Path) -
         assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 10
     finally:
         tracemalloc.stop()
+
+
+def test_a_file_that_is_not_there_or_no_file_is_named(tmp_path: Path) -> None:
+    assert list(Transcript(tmp_path / "x").runs()) == [
+        Unusable(str(tmp_path / "x"), "it cannot be read on: No such file or directory")
+    ]
+    assert list(Transcript(tmp_path).runs()) == [Unusable(str(tmp_path), "it cannot be read on: Is a directory")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
+def test_a_file_is_open_only_while_it_is_read(tmp_path: Path) -> None:
+    paths = [tmp_path / str(n) for n in range(50)]
+    for path in paths:
+        path.write_text(R)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    transcripts = [Transcript(path) for path in paths]
+    assert [len(list(transcript.runs())) for transcript in transcripts] == [1] * 50
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(f"{R}\n{R}\n",))
+    writer.start()
+    assert _seen(list(Transcript(pipe).runs())) == ["pipe#0", "pipe#1"]
+    writer.join()
+
+
+def test_how_far_a_file_was_read_grows_to_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text(f"{R}\n" * 20_000)
+    transcript = Transcript(path)
+    seen = [transcript.read_bytes for _ in transcript.runs()]
+    assert seen == sorted(seen)
+    assert 0 < seen[0] < seen[-1] <= transcript.size_bytes
+    assert transcript.read_bytes == transcript.size_bytes
 
 
 def test_a_byte_that_is_no_character_costs_a_character_and_not_the_run(read: Read) -> None:
