@@ -3,8 +3,11 @@
 -- beside it and swap their names; what may read it is granted by default, also to a schema made later.
 -- Locks: none on existing tables.
 
--- Both run statements over arrays only, whose plans never depend on the values.
+-- The worker too runs statements over arrays, whose plans never depend on the values.
 ALTER ROLE muniment_worker SET plan_cache_mode = force_generic_plan;
+-- Whatever the API reads has its index. A plan made while a table was small is kept until the table is next
+-- analyzed: it must not be one that reads the whole of it.
+ALTER ROLE muniment_api SET enable_seqscan = off;
 
 DO $$
 BEGIN
