@@ -20,6 +20,9 @@ from ledger.events import ONE_LINE, AgentDescription, Artifact, Json, Line, Ref,
 from ledger.vault import DEPTH_MAX, ERRORS_MAX, check
 
 METADATA_BYTES_MAX = 16 * 1024
+BODY_BYTES_MAX = 1024 * 1024
+PERSONAL_TEXT_BYTES_MAX = 16 * 1024
+"""A reason stands in the envelope, which has to fit its entry; so what it may hold is bounded, sealed or not."""
 TEXT_CHARACTERS_MAX = 4096
 EXACT_INTEGER_MAX = 2**53 - 1
 
@@ -203,6 +206,12 @@ class Receipt(Struct, frozen=True, kw_only=True):
 _any = msgspec.json.Decoder(OpenSession | ChangeSession | CancelSession | AnnotateSession | Record)
 _each = {cls: msgspec.json.Decoder(cls) for cls in COMMANDS}
 _MOMENTS = ("occurred_at", "expires_at", "started_at", "ended_at")
+_BYTES_MAX = {
+    "metadata": METADATA_BYTES_MAX,
+    "reason": PERSONAL_TEXT_BYTES_MAX,
+    "text": PERSONAL_TEXT_BYTES_MAX,
+    "body": BODY_BYTES_MAX,
+}
 _long_number = re.compile(rb"[0-9]{16}")
 _TOO_LARGE = ("Number out of range", "Integer value out of range", f"Expected `int` <= {EXACT_INTEGER_MAX}")
 _marked = re.compile(rb'"\$(personal|sealed|erased)"')
@@ -226,8 +235,8 @@ def read_command(body: bytes | msgspec.Raw, kind: type[Command] | None = None) -
         check_numbers(msgspec.json.decode(encoded))
     if _marked.search(encoded):
         check(msgspec.json.decode(encoded), "")
-    if len(encoded) > METADATA_BYTES_MAX and len(canonical(getattr(command, "metadata", None))) > METADATA_BYTES_MAX:
-        _refuse("/metadata", f"it is over {METADATA_BYTES_MAX} bytes")
+    if len(encoded) > METADATA_BYTES_MAX:
+        _check_sizes(command)
     return command
 
 
@@ -280,6 +289,14 @@ def _check_depth(value: Any) -> None:
         level = list(chain.from_iterable(inside))
     if level:
         _refuse("", f"it is nested more than {DEPTH_MAX} levels deep")
+
+
+def _check_sizes(command: Command) -> None:
+    for name, bytes_max in _BYTES_MAX.items():
+        value = getattr(command, name, UNSET)
+        counted_in_characters = isinstance(value, str) and name != "body"
+        if value is not UNSET and not counted_in_characters and len(canonical(value)) > bytes_max:
+            _refuse(f"/{name}", f"it is over {bytes_max} bytes")
 
 
 def _check_moment(value: Any, at: str) -> None:

@@ -274,7 +274,25 @@ def test_metadata_is_at_most_16_kib_of_utf8(kind: type[Command]) -> None:
     assert len(canonical(sized(16 * 1024))) == 16 * 1024
     assert isinstance(read_command(body_of(kind, metadata=sized(16 * 1024))), Command)
     assert refused(body_of(kind, metadata=sized(16 * 1024 + 1))) == [("/metadata", "it is over 16384 bytes")]
-    assert isinstance(read_command(body_of(Record, body=sized(900_000))), Command), "a body may be larger"
+
+
+def test_a_body_is_at_most_1_mib() -> None:
+    assert isinstance(read_command(body_of(Record, body="x" * (2**20 - 2))), Command)
+    assert refused(body_of(Record, body="x" * (2**20 - 1))) == [("/body", "it is over 1048576 bytes")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(AnnotateSession, "text"), (ChangeSession, "reason"), (CancelSession, "reason")]
+)
+def test_a_text_is_at_most_4096_characters_and_a_personal_one_16_kib(kind: type[Command], field: str) -> None:
+    def personal(size: int) -> Any:
+        value = "x" * (size - len(canonical({"$personal": {"subject": "mia", "value": ""}})))
+        return {"$personal": {"subject": "mia", "value": value}}
+
+    for text in ("\N{GRINNING FACE}" * 4096, "\x00" * 4096, personal(16 * 1024)):
+        assert isinstance(read_command(body_of(kind, **{field: text})), Command)
+    assert pointed_at(body_of(kind, **{field: "x" * 4097})) == [f"/{field}"]
+    assert refused(body_of(kind, **{field: personal(16 * 1024 + 1)})) == [(f"/{field}", "it is over 16384 bytes")]
 
 
 # Lines of text
