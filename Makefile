@@ -36,7 +36,8 @@ format: setup ## write what `check` asks for
 	$(BIN)/ruff check --fix .
 
 schema: setup ## write migrations/schema.sql from the migrations
-	$(BIN)/python -m ops.migrate > migrations/schema.sql
+	$(BIN)/python -m ops.migrate > .schema.sql
+	mv .schema.sql migrations/schema.sql
 
 setup: .venv/installed-dev ## the environment for working on Muniment
 
