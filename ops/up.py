@@ -49,7 +49,7 @@ async def up(settings: Settings) -> None:
         await _run(settings, None, stop)
         return
     server = EmbeddedServer(settings.home)
-    say(f"PostgreSQL {server.programs.version} in {server.data}")
+    say(f"starting PostgreSQL {server.programs.version} in {server.data}")
     try:
         # In a thread, so that the signals above are heard; not cut short, so that none is half started.
         await asyncio.to_thread(server.start)
