@@ -1,0 +1,162 @@
+"""What must be reached, and the table that says whether it was."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import TypeAlias
+
+import msgspec
+
+from ops.bench.stage import Figures
+
+Results: TypeAlias = Mapping[str, Sequence[Figures] | str]
+"""For each measure its rounds, or why there are none."""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """`over` / `under` is to be at least `at_least`; or, absolute, the p99 of `over` at most `at_least` ms."""
+
+    text: str
+    over: str
+    under: str | None
+    at_least: float | None = None
+    aim: float | None = None
+
+
+ROWS = {
+    "committer": [
+        Row("in process, 32 callers / pgbench, 32 clients", "committer, 32 callers", "pgbench, 32 clients", 1.3, 1.6),
+        Row(
+            "in process, 32 callers / eventsourcing's stock PostgreSQL application",
+            *("committer, 32 callers", "eventsourcing stock, 32 callers", 20, 25),
+        ),
+        Row(
+            "in process, 256 callers / pgbench's own 1,000-row-statement ceiling",
+            *("committer, 256 callers", "pgbench, 1,000 rows a statement", 0.45, 0.7),
+        ),
+        Row("1 caller / pgbench, 1 client", "committer, 1 caller", "pgbench, 1 client", 0.45, 0.6),
+    ],
+    "replays": [
+        Row("10 % replays, young ids / none", "10 % young replays, 32 callers", "no replays, 32 callers", 0.8, 0.9),
+        Row("10 % replays, old ids / none", "10 % old replays, 32 callers", "no replays, 32 callers", 0.6, 0.7),
+    ],
+    "processes": [
+        Row("two processes on one ledger / one", "two processes, 16 callers each", "one process, 32 callers", 0.5, 0.8),
+    ],
+    "http": [
+        Row("`POST /commands` / a bare Litestar app's no-op GET", "POST /commands", "GET, bare Litestar", 0.7, 0.85),
+        Row("`POST /sessions` / a bare Litestar app's no-op GET", "POST /sessions", "GET, bare Litestar", 0.45, 0.55),
+        Row(
+            "HTTP, 100 commands a request, commands/s / pgbench rows/s, 32 clients",
+            *("POST /commands, 100 a request", "pgbench, 32 clients, servers up", 1.5, 2.1),
+        ),
+    ],
+    "visible": [
+        Row("commit to visible in every view, p99 at 2,000 events/s (ms, absolute)", "visible", None, 20, 10),
+    ],
+    "redis": [
+        Row("replays of old ids over HTTP, with the Redis copy / without", "replays, Redis copy", "replays, no Redis"),
+    ],
+}
+
+
+def rows(parts: Sequence[str], results: Results) -> list[str]:
+    """The promises as a Markdown table: the median of the rounds' ratios, and how far they spread."""
+    lines = ["| | measured | lowest - highest | at least | aim | |", "|---|---|---|---|---|---|"]
+    for row in (row for part in parts for row in ROWS[part]):
+        values = measured(row, results)
+        goals = f"{_goal(row, row.at_least)} | {_goal(row, row.aim)}"
+        if isinstance(values, str):
+            lines.append(f"| {row.text} | {values} | | {goals} | not measured |")
+            continue
+        middle = median(values)
+        spread = f"{_number(min(values))} - {_number(max(values))}"
+        lines.append(f"| {row.text} | **{_number(middle)}** | {spread} | {goals} | {_verdict(row, middle)} |")
+    return lines
+
+
+def measured(row: Row, results: Results) -> list[float] | str:
+    """The row's value in each round; or why there is none."""
+    over = results[row.over]
+    under = results[row.under] if row.under else over
+    for figures in (over, under):
+        if isinstance(figures, str):
+            return figures
+    assert not isinstance(over, str)
+    assert not isinstance(under, str)
+    if row.under is None:
+        return [figures.p99_ms or 0.0 for figures in over]
+    return [one.rate / other.rate for one, other in zip(over, under, strict=True)]
+
+
+def _verdict(row: Row, value: float) -> str:
+    if row.at_least is None or row.aim is None:
+        return ""
+    sign = -1 if row.under is None else 1
+    if sign * value >= sign * row.aim:
+        return "aim reached"
+    return "reached" if sign * value >= sign * row.at_least else "**missed**"
+
+
+def _goal(row: Row, goal: float | None) -> str:
+    if goal is None:
+        return ""
+    return f"at most {goal:g} ms" if row.under is None else f"{goal:g}"
+
+
+def figures(results: Results) -> list[str]:
+    """What was measured, as a Markdown table: medians of the rounds. CPU is the measured process's own."""
+    lines = ["| | a second | lowest - highest | p50 ms | p99 ms | CPU µs each |", "|---|---|---|---|---|---|"]
+    for name, rounds in results.items():
+        if isinstance(rounds, str):
+            lines.append(f"| {name} | {rounds} | | | | |")
+            continue
+        rates = [one.rate for one in rounds]
+        p50 = _middle([one.p50_ms for one in rounds if one.p50_ms])
+        p99 = _middle([one.p99_ms for one in rounds if one.p99_ms])
+        cpu = _middle([one.cpu_seconds / one.count * 1e6 for one in rounds if one.cpu_seconds])
+        lines.append(
+            f"| {name} | {median(rates):,.0f} | {min(rates):,.0f} - {max(rates):,.0f} | {p50} | {p99} | {cpu} |"
+        )
+    return lines
+
+
+def _middle(values: list[float]) -> str:
+    return _number(median(values)) if values else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def machine(server: Mapping[str, str], directory: Path) -> list[str]:
+    """On what it was measured."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    durable = ", ".join(f"{name} = {value}" for name, value in server.items() if name != "server_version")
+    return [
+        f"- {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        f"- {os.cpu_count()} cores of {_cpu()}, {memory:.0f} GiB of memory, {platform.system()} {platform.release()},",
+        f"  data on {_filesystem(directory)}; everything (load, peers, servers, PostgreSQL) on this one machine",
+        f"- Python {platform.python_version()}, PostgreSQL {server['server_version']}: {durable}",
+    ]
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _filesystem(directory: Path) -> str:
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "an unknown file system"
+    around = [(len(point), kind) for point, kind in mounts if directory.is_relative_to(point)]
+    return max(around)[1] if around else "an unknown file system"

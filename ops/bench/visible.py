@@ -1,0 +1,92 @@
+"""From commit to visible: how long after its receipt an event is in every view. A program of the bench.
+
+Told: url, keys, project, events_per_second, seconds. Units begin at even intervals, whatever became of those
+before. The views' positions are asked for every millisecond, so a lag is told up to about one too long.
+"""
+
+import asyncio
+import time
+
+import psycopg
+
+from ops.bench import mix
+from ops.bench.committing import committing, summary
+from ops.bench.stage import answer, told, wait_for_word
+from projections import VIEWS
+
+ASKED_EVERY_SECONDS = 0.001
+PATIENCE_SECONDS = 60
+
+_SEEN = """
+SELECT count(*), min(position) FROM projections.positions
+JOIN ledger.ledgers USING (ledger_id) WHERE project_id = %s
+"""
+
+
+class Watch:
+    """What the views have seen of a project, and when."""
+
+    def __init__(self, connection: psycopg.AsyncConnection, project_id: str) -> None:
+        self._connection, self._project_id = connection, project_id
+        self.seen: list[tuple[float, int]] = []
+
+    async def until(self, position: int) -> None:
+        deadline = time.perf_counter() + PATIENCE_SECONDS
+        while not self.seen or self.seen[-1][1] < position:
+            cursor = await self._connection.execute(_SEEN, [self._project_id], prepare=True)
+            row = await cursor.fetchone()
+            now = time.perf_counter()
+            if row is not None and row[0] == len(VIEWS):
+                self.seen.append((now, row[1]))
+            if now > deadline:
+                raise TimeoutError(f"the views did not reach {position}: they are at {row}")
+            await asyncio.sleep(ASKED_EVERY_SECONDS)
+
+
+def lags_ms(committed: list[tuple[float, int]], seen: list[tuple[float, int]]) -> list[float]:
+    """For each (time, position) committed: how long until a (time, position) seen has reached it."""
+    lags = []
+    sights = iter(seen)
+    at, reached = next(sights)
+    for committed_at, position in sorted(committed, key=lambda one: one[1]):
+        while reached < position:
+            at, reached = next(sights)
+        lags.append(max(0.0, at - committed_at) * 1000)
+    return lags
+
+
+async def main(url: str, keys: str, project: str, events_per_second: int, seconds: float) -> None:
+    committed: list[tuple[float, int]] = []
+
+    async def submit(unit: mix.Unit) -> None:
+        for command in unit:
+            receipt = await committer.submit(project, command, mix.AGENT)
+            committed.append((time.perf_counter(), receipt.first_position))
+
+    async def pace(seconds: float) -> None:
+        begun = time.perf_counter()
+        every = mix.UNIT_COMMANDS / events_per_second
+        async with asyncio.TaskGroup() as group:
+            for number in range(int(seconds / every)):
+                await asyncio.sleep(begun + number * every - time.perf_counter())
+                group.create_task(submit(next(units)))
+
+    units = mix.units()
+    async with committing(url, keys) as committer, await psycopg.AsyncConnection.connect(url, autocommit=True) as own:
+        await pace(min(1.0, seconds))
+        await Watch(own, project).until(max(position for _, position in committed))
+        committed.clear()
+        wait_for_word()
+        watch = Watch(own, project)
+        begun = time.perf_counter()
+        watching = asyncio.create_task(watch.until(2**63))
+        await pace(seconds)
+        took = time.perf_counter() - begun
+        watching.cancel()
+        await asyncio.wait([watching])
+        await watch.until(max(position for _, position in committed))
+    answer(**summary(lags_ms(committed, watch.seen), took))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(**told()))
