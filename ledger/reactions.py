@@ -6,6 +6,7 @@ session may have open.
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from uuid import UUID
 
 from ledger.commands import CancelSession, Command
 from ledger.events import Event, Fact, SessionCancelled
@@ -15,8 +16,13 @@ from ledger.queue import World
 def _cancel_children(event: Event[SessionCancelled], world: World) -> Iterator[Command]:
     if not event.data.cascade or event.root_session_id is None:
         return
-    for item in list(world.open_items(event.root_session_id).values()):  # each cancel takes one out
-        if item.session_id == event.stream_id:
+    open_items = dict(world.open_items(event.root_session_id))  # each cancel takes one out
+    for item in open_items.values():
+        above: UUID | None = item.session_id
+        # What has ended may have left children that live on: they are below whoever it was below.
+        while above and above != event.stream_id and above not in open_items:
+            above = world.stream(above).parent_session_id
+        if above == event.stream_id:
             yield CancelSession(session_id=item.item_id, reason=event.data.reason, cascade=True)
 
 

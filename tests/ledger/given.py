@@ -1,0 +1,180 @@
+"""Rules, tested as history -> command -> new history or refusal: `given(...).when(...).then(...)`.
+
+It decides in a real batch, over a history in memory: no database, no clock. What a batch adds to the rules
+(due expiry first, follow-ups, the record of a refusal) is therefore part of what is tested.
+"""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+from uuid import UUID
+
+from msgspec import UNSET
+from uuid_utils.compat import uuid7
+
+from ledger.batch import RULES, Batch, Pending, Verdict
+from ledger.commands import Command, Receipt
+from ledger.errors import MunimentError
+from ledger.events import Actor, Event, Fact, SessionOpened, canonical, decode, moment
+from ledger.postgres import Pool
+from ledger.project_key import ProjectKey
+from ledger.queue import closes, opened
+from ledger.store import OpenItem
+from ledger.vault import Vault
+
+SESSION = UUID("0199a7c2-0000-7000-8000-000000000001")
+RECORD = UUID("0199a7c2-0000-7000-8000-000000000002")
+LEDGER = UUID("0199a7b0-0000-7000-8000-000000000003")
+AGENT = Actor(issuer="https://id.example", sub="agent-7", kind="agent", assurance="authenticated", roles=("agent",))
+NOW = "2026-11-21T09:00:00.000000Z"
+DEADLINE = "2026-11-28T09:00:00.000000Z"
+OPENED = SessionOpened(agent_role="finance", expires_at=DEADLINE)
+
+VAULT = Vault(Path("/nonexistent"), cast("Pool", None), create_keys=False)  # its pool is for keys of people
+VAULT._projects["demo"] = ProjectKey("demo", bytes(32))
+
+
+class On(NamedTuple):
+    """Facts of another stream than SESSION."""
+
+    stream_id: UUID
+    facts: tuple[Fact, ...]
+
+
+def on(stream_id: UUID, *facts: Fact) -> On:
+    return On(stream_id, facts)
+
+
+class Given:
+    """A ledger of these facts, as a batch knows it."""
+
+    project_id = "demo"
+    ledger_id = LEDGER
+
+    def __init__(self, *history: Fact | On, now: str = NOW) -> None:
+        self.size = 0
+        self.recorded_at = moment(now)
+        self.streams: dict[UUID, Any] = {}
+        self.items: dict[UUID, dict[UUID, OpenItem]] = {}
+        for stream_id, facts in (part if isinstance(part, On) else On(SESSION, (part,)) for part in history):
+            for fact in facts:
+                self._record(stream_id, fact)
+
+    def _record(self, stream_id: UUID, fact: Fact) -> None:
+        before = self.streams.get(stream_id)
+        parent = self.streams.get(getattr(fact, "parent_session_id", None) or stream_id)
+        event: Event[Any] = Event(
+            v=1,
+            project=self.project_id,
+            ledger=LEDGER,
+            event_id=uuid7(),
+            stream_type=fact.stream_type,
+            stream_id=stream_id,
+            stream_version=before.version + 1 if before else 1,
+            type=type(fact).__name__,
+            schema_version=1,
+            occurred_at=NOW,
+            recorded_at=NOW,
+            actor=AGENT,
+            command_id="before",
+            correlation_id="before",
+            data=fact,
+            session_id=stream_id if fact.stream_type == "session" else None,
+            root_session_id=getattr(parent, "root_session_id", stream_id) if fact.stream_type == "session" else None,
+        )
+        self.size += 1
+        self.streams[stream_id] = RULES[fact.stream_type][0].evolve(before, event)
+        if item := opened(event):
+            self.items.setdefault(item.root_session_id, {})[item.item_id] = item
+        elif closes(event):
+            self.items.get(self.streams[stream_id].root_session_id, {}).pop(stream_id, None)
+
+    # What a batch asks of it
+
+    def knows(self, stream_id: UUID) -> bool:
+        return True
+
+    def stream(self, stream_id: UUID) -> Any:
+        return self.streams.get(stream_id)
+
+    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
+        return self.items.get(root_session_id, {})
+
+    def refusals_left(self, principal: str) -> int:
+        return 60
+
+    # And then
+
+    def when(self, command: Command, by: Actor = AGENT, *, expected_version: int | None = None) -> "Outcome":
+        """Have it decided. Ids in the command are taken out of it, as the committer does."""
+        command_id = "asked" if command.command_id is UNSET else command.command_id
+        command.command_id = UNSET
+        pending = Pending(
+            command=command,
+            actor=by,
+            principal=by.principal,
+            command_id=command_id,
+            target=command.target or uuid7(),
+            canonical=canonical(command),
+            fingerprint=b"",
+            expected_version=expected_version,
+        )
+        batch = Batch(self, self.recorded_at, VAULT, session_retention_days=7)
+        return Outcome(batch, batch.decide(pending))
+
+
+class Outcome:
+    """What became of the command: the events that follow, and the answer."""
+
+    def __init__(self, batch: Batch, verdict: Verdict) -> None:
+        self.verdict = verdict
+        self.batch = batch
+        self.events = [decode(row.entry, row.payload, row.type) for row in batch.append.events]
+        self.state: Any = verdict.state if isinstance(verdict, Receipt) else None
+
+    def then(self, *facts: Fact | On) -> "Outcome":
+        """Exactly these facts followed, each on SESSION (or the record) unless it says `on`, and it was taken."""
+        assert isinstance(self.verdict, Receipt), self.verdict
+        assert self.verdict.refusal is None, self.verdict.refusal
+        self._followed(facts)
+        return self
+
+    def refused(self, code: str, *facts: Fact | On, **params: Any) -> "Outcome":
+        """It was refused so, with at least these params, after these facts (of expiry), and that is on record."""
+        assert isinstance(self.verdict, Receipt), f"{self.verdict!r} leaves no trace"
+        refusal = self.verdict.refusal
+        assert refusal is not None, self.events
+        refused: Any = self.events.pop().data
+        assert (refusal.code, refused.code, refused.status) == (code, code, self.verdict.status)
+        assert params.items() <= refusal.params.items()
+        self._followed(facts)
+        return self
+
+    def turned_away(self, code: str, *facts: Fact | On, **params: Any) -> MunimentError:
+        """It was refused so, and no trace of it is left; but these facts (of expiry) stay."""
+        assert isinstance(self.verdict, MunimentError), self.events
+        assert self.verdict.code == code
+        assert params.items() <= self.verdict.params.items()
+        self._followed(facts)
+        return self.verdict
+
+    def _followed(self, facts: tuple[Fact | On, ...]) -> None:
+        expected = [part if isinstance(part, On) else On(self.target, (part,)) for part in facts]
+        flat = [(stream_id, fact) for stream_id, told in expected for fact in told]
+        assert [(event.stream_id, event.data) for event in self.events] == flat
+
+    @property
+    def target(self) -> UUID:
+        target = self.verdict.target if isinstance(self.verdict, Receipt) else SESSION
+        assert target is not None
+        return target
+
+
+def given(*history: Fact | On, now: str = NOW) -> Given:
+    return Given(*history, now=now)
+
+
+def later(text: str, **units: float) -> Any:
+    """The moment that is so much after a stamp."""
+    return moment(text) + timedelta(**units)
