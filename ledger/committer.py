@@ -21,12 +21,13 @@ from ledger.batch import Pending, Verdict
 from ledger.commands import Command, Receipt
 from ledger.errors import MunimentError, StoreUnavailable, UnknownProject
 from ledger.events import Actor, canonical
+from ledger.memory import Refusals
 from ledger.postgres import Clock, Pool, store_errors
 from ledger.project_key import UnusableKey
 from ledger.replay import recall
 from ledger.store import Ledger
 from ledger.vault import Vault, subjects
-from ledger.writer import Refusals, Writer
+from ledger.writer import Writer
 
 log = logging.getLogger(__name__)
 

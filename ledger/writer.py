@@ -12,28 +12,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from itertools import islice
-from typing import Any, NamedTuple
 from uuid import UUID
 
 import psycopg
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from msgspec import Struct
 from msgspec.structs import replace
 from psycopg_pool import PoolTimeout
 
 from ledger import store
-from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, Known, NotLoaded, Pending, Verdict
-from ledger.commands import Receipt
+from ledger.batch import Batch, Known, NotLoaded, Pending, Verdict
 from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
+from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
 from ledger.postgres import Clock, Connection, Pool, store_errors
-from ledger.record import RecordedFact
-from ledger.replay import fold_all, recall
-from ledger.store import CommandRow, Ledger, Locked, OpenItem
+from ledger.replay import recall
+from ledger.store import CommandRow, Ledger
 from ledger.vault import Vault
 
 log = logging.getLogger(__name__)
@@ -42,13 +36,7 @@ BATCH_COMMANDS_MAX = 512
 BATCH_BYTES_MAX = 8 * 1024 * 1024
 QUEUE_COMMANDS_MAX = 20_000
 ALONE_AFTER_BATCHES = 3
-TAIL_EVENTS_MAX = 10_000
-STREAMS_MAX = 50_000
-RECENT_MAX = 32_768
-RECENT_ENTRY_BYTES_MAX = 4_096
 RECOVERY_SECONDS = 5.0
-
-Key = tuple[str, str]
 
 
 class OutcomeUnknown(Exception):
@@ -68,29 +56,8 @@ class Flight(Struct, eq=False):
     job: asyncio.Task[bool] | None = None
 
 
-class Recent(NamedTuple):
-    """A command answered here not long ago; without its receipt where that would be large to keep."""
-
-    row: CommandRow
-    receipt: Receipt | None
-
-
-class Refusals:
-    """How many refusals each principal has had recorded within the last minute, in this process."""
-
-    def __init__(self) -> None:
-        self._window = MovingWindowRateLimiter(MemoryStorage())
-        self._limit = RateLimitItemPerMinute(REFUSALS_PER_MINUTE_MAX)
-
-    def left(self, ledger_id: UUID, principal: str) -> int:
-        return self._window.get_window_stats(self._limit, str(ledger_id), principal).remaining
-
-    def add(self, ledger_id: UUID, principal: str) -> None:
-        self._window.hit(self._limit, str(ledger_id), principal)
-
-
 class Writer:
-    """The one that appends to a ledger in this process, and what it knows of it, true at `size`."""
+    """The one that appends to a ledger in this process."""
 
     def __init__(
         self,
@@ -104,20 +71,14 @@ class Writer:
         session_retention_days: int,
         announce: Callable[[UUID], None],
     ) -> None:
-        self.project_id = project_id
         self.ledger = ledger
         self.ledger_id = ledger.ledger_id
-        self.size = -1
-        self.streams: dict[UUID, Any] = {}
-        self.items: dict[UUID, dict[UUID, OpenItem]] = {}
-        self.recorded_at = ledger.last_recorded_at
-        self._pool, self._vault, self._clock, self._refusals = pool, vault, clock, refusals
+        self._memory = Memory(project_id, ledger, refusals)
+        self._pool, self._vault, self._clock = pool, vault, clock
         self._session_retention_days = session_retention_days
         self._announce = announce
         self._queue: deque[Pending] = deque()
         self._waiting: dict[Key, Pending] = {}
-        self._recent: dict[Key, Recent] = {}
-        self._complete_since = float("inf")
         self._alone_batches = 0
         self._job: asyncio.Task[None] | None = None
         self._recalls: set[asyncio.Task[None]] = set()
@@ -127,12 +88,10 @@ class Writer:
     def submit(self, pending: Pending) -> Verdict | asyncio.Future[Verdict]:
         """Queue a command; what became of it comes by itself. A duplicate latches onto the first."""
         first = self._waiting.get(pending.key)
-        recent = self._recent.get(pending.key) if first is None else None
-        earlier = first or (recent.row if recent else None)
-        if earlier is not None and earlier.fingerprint != pending.fingerprint:
+        if first is None and (known := self._memory.answered(pending)) is not None:
+            return known
+        if first is not None and first.fingerprint != pending.fingerprint:
             return IdempotencyKeyReused(command_id=pending.command_id)
-        if recent is not None and recent.receipt is not None:
-            return replace(recent.receipt, replayed=True)
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         if first is not None:
             first.answers.append(answer)
@@ -164,7 +123,7 @@ class Writer:
                 # With nothing on its way half is sent at once, for the rest to be decided meanwhile.
                 batch = self._take(BATCH_COMMANDS_MAX if flight else (len(self._queue) + 1) // 2)
                 try:
-                    ready = await self._prepare(batch, flight.decided if flight else self)
+                    ready = await self._prepare(batch, flight.decided if flight else self._memory)
                 except Exception as error:  # noqa: BLE001  (the exact path meets it again, and says so)
                     log.debug("%d commands go by the exact path: %r", len(batch), error)
                     exact = batch
@@ -177,7 +136,7 @@ class Writer:
                 await self._settle(exact)
             elif ready is not None:
                 flight = ready
-                flight.decided.rebase(self)
+                flight.decided.rebase(self._memory)
                 flight.job = asyncio.create_task(self._append(flight.decided))
             elif self._queue and self._alone_batches < ALONE_AFTER_BATCHES:
                 await self._settle(self._take(BATCH_COMMANDS_MAX))
@@ -197,13 +156,13 @@ class Writer:
 
     async def _prepare(self, batch: list[Pending], on: Known) -> Flight | None:
         """Decide `batch` on top of `on`. No query, if nothing needs to be looked up."""
-        rows = await self._find([pending for pending in batch if not self._surely_new(pending)])
+        rows = await self._find([pending for pending in batch if not self._memory.surely_new(pending)])
         fresh = [pending for pending in batch if pending.key not in rows] if rows else batch
-        absent = {p.target for p in fresh if p.command.creates and self._minted_since(p.target)}
+        absent = {p.target for p in fresh if p.command.creates and self._memory.minted_since(p.target)}
         decided, verdicts = await self._decide(None, fresh, on, absent)
         # An error that leaves no trace meets no unique index, so only a look tells that it was answered before.
         traceless = [p for p, v in zip(fresh, verdicts, strict=True) if isinstance(v, MunimentError)]
-        if await self._find([pending for pending in traceless if self._surely_new(pending)]):
+        if await self._find([pending for pending in traceless if self._memory.surely_new(pending)]):
             raise Overtaken
         self._answer_again([pending for pending in batch if pending.key in rows], rows)
         return Flight(fresh, decided, verdicts) if fresh else None
@@ -217,7 +176,7 @@ class Writer:
             return {}
         async with self._pool.connection() as connection:
             rows = await store.find_commands(connection, self.ledger_id, [pending.key for pending in batch])
-        if any(row.seen_position > self.size for row in rows.values()):
+        if any(row.seen_position > self._memory.size for row in rows.values()):
             raise Overtaken
         return rows
 
@@ -298,10 +257,11 @@ class Writer:
                 await self._clock.measure(connection)
             async with connection.pipeline(), connection.transaction():
                 keys = [pending.key for pending in batch]
-                locked = await store.lock(connection, self.ledger_id, self.size, TAIL_EVENTS_MAX, keys)
-                self._catch_up(locked)
+                locked = await store.lock(connection, self.ledger_id, self._memory.size, TAIL_EVENTS_MAX, keys)
+                alone = self._memory.catch_up(locked, self._clock.now().timestamp())
+                self._alone_batches = self._alone_batches + 1 if alone else 0
                 fresh = [pending for pending in batch if pending.key not in locked.commands]
-                decided, verdicts = await self._decide(connection, fresh, self)
+                decided, verdicts = await self._decide(connection, fresh, self._memory)
                 if decided.append.commands:
                     appended = await store.append(connection, decided.append)
                     assert appended, "the ledger grew under its lock"
@@ -311,20 +271,6 @@ class Writer:
         self._accept(decided)
         self._resolve(zip(fresh, verdicts, strict=True))
         self._answer_again([p for p in batch if p.key in locked.commands], locked.commands)
-
-    def _catch_up(self, locked: Locked) -> None:
-        """Forget what other processes changed since."""
-        if locked.head.size == self.size:
-            self._alone_batches += 1
-        else:
-            self._alone_batches = 0
-            self._complete_since = self._clock.now().timestamp()
-            self.items.clear()
-            if self.size < 0 or locked.head.size - self.size > TAIL_EVENTS_MAX:
-                self.streams.clear()
-            for stream_id in locked.changed:
-                self.streams.pop(stream_id, None)
-        self.size, self.recorded_at = locked.head
 
     # Deciding
 
@@ -350,107 +296,32 @@ class Writer:
             try:
                 return decided, [decided.decide(pending) for pending in batch]
             except NotLoaded as missing:
-                if missing.root and on is not self:
+                if missing.root and on is not self._memory:
                     raise  # the table does not know yet what the batch on its way closes under this root
                 unknown = {missing.stream} if missing.stream else await self._load_items(connection, missing.root)
 
     async def _load(self, connection: Connection | None, stream_ids: set[UUID]) -> None:
-        """Read streams; one that does not exist is then known not to.
-
-        What is read may be ahead of `size`: then the append misses, and under the lock it cannot be.
-        """
         async with self._connected(connection) as connected:
-            history = await store.read_streams(connected, self.ledger_id, stream_ids)
-        self.streams.update(dict.fromkeys(stream_ids))
-        self.streams.update(fold_all(history))
+            self._memory.learn(stream_ids, await store.read_streams(connected, self.ledger_id, stream_ids))
 
     async def _load_items(self, connection: Connection | None, root: UUID | None) -> set[UUID]:
         """Read what a root session has open; returns the streams of it that are not known yet."""
         assert root is not None
         async with self._connected(connection) as connected:
             items = await store.read_open_items(connected, self.ledger_id, [root])
-        self.items[root] = {item.item_id: item for item in items}
-        return {item.item_id for item in items if item.item_id not in self.streams}
+        self._memory.items[root] = {item.item_id: item for item in items}
+        return {item.item_id for item in items if not self._memory.knows(item.item_id)}
 
     def _connected(self, connection: Connection | None) -> AbstractAsyncContextManager[Connection]:
         return self._pool.connection() if connection is None else nullcontext(connection)
 
-    def knows(self, stream_id: UUID) -> bool:
-        return stream_id in self.streams
-
-    def stream(self, stream_id: UUID) -> Any:
-        try:
-            return self.streams[stream_id]
-        except KeyError:
-            raise NotLoaded(stream=stream_id) from None
-
-    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
-        try:
-            return self.items[root_session_id]
-        except KeyError:
-            raise NotLoaded(root=root_session_id) from None
-
-    def refusals_left(self, principal: str) -> int:
-        return self._refusals.left(self.ledger_id, principal)
-
-    # What is known
-
-    def _surely_new(self, pending: Pending) -> bool:
-        """Whether no command of this id can have been recorded, so far as honest clocks go.
-
-        `_recent` holds every command since `_complete_since`, and a UUIDv7 made later was not recorded
-        before. An id that lies about its age meets the unique index and is looked up after all.
-        """
-        if pending.key in self._recent or pending.outcome_unknown:
-            return False
-        text = pending.command_id
-        if len(text) != 36 or text[14] != "7":
-            return False
-        try:
-            return int(text[:8] + text[9:13], 16) / 1000 > self._complete_since
-        except ValueError:
-            return False
-
-    def _minted_since(self, named: UUID) -> bool:
-        """Whether `named` is a UUIDv7 (RFC 9562 s5.7: 48 bits of Unix milliseconds) of after that."""
-        return (named.int >> 76) & 0xF == 7 and (named.int >> 80) / 1000 > self._complete_since
+    # Answering
 
     def _accept(self, decided: Batch) -> None:
-        """The batch is durable: what it made is what is known from here on."""
-        rows = decided.append.commands
-        if not rows:
-            return
-        entries = decided.append.events
-        for row in rows:
-            key = (row.principal, row.command_id)
-            first = row.first_position - decided.append.seen - 1
-            small = row.event_count == 0 or len(entries[first].entry) <= RECENT_ENTRY_BYTES_MAX
-            self._recent[key] = Recent(row, decided.receipts[key] if small else None)
-        for stream_id, state in decided.streams.items():
-            self.streams.pop(stream_id, None)
-            if state is not None and not isinstance(state, RecordedFact):  # a record never changes again
-                self.streams[stream_id] = state
-        self.items.update(decided.items)
-        for principal, count in decided.refused.items():
-            for _ in range(count):
-                self._refusals.add(self.ledger_id, principal)
-        self.size, self.recorded_at = decided.size, decided.append.recorded_at
-        self._forget_oldest()
-        if entries:
+        """The batch is durable."""
+        self._memory.accept(decided)
+        if decided.append.events:
             self._announce(self.ledger_id)
-
-    def _forget_oldest(self) -> None:
-        if len(self.streams) > STREAMS_MAX:
-            for stream_id in list(islice(self.streams, STREAMS_MAX // 4)):
-                del self.streams[stream_id]
-        if len(self._recent) > RECENT_MAX:
-            for key in list(islice(self._recent, RECENT_MAX // 4)):
-                del self._recent[key]
-            # Only what was recorded after the last one forgotten is still complete. That is not kept by
-            # command: the time of this batch is later than all of them.
-            self._complete_since = self.recorded_at.timestamp()
-
-    # Answering
 
     def _resolve(self, verdicts: Iterable[tuple[Pending, Verdict]]) -> None:
         for pending, verdict in verdicts:
