@@ -195,11 +195,12 @@ def bigints(values: Iterable[int]) -> Bigints:
 
 
 def tsvectors(values: Iterable[Collection[str]]) -> Tsvectors:
-    """Each a set of lexemes without positions: how many, then each closed by a NUL and a count of 0.
+    """Each some different lexemes without positions: how many, then each closed by a NUL and a count of 0.
 
-    A lexeme must be 1 to 2,046 bytes without a NUL (`tsvectorrecv` in src/backend/utils/adt/tsvector.c).
+    There must be one at least, each of 1 to 2,046 bytes without a NUL (`tsvectorrecv` in
+    src/backend/utils/adt/tsvector.c).
     """
-    packed = [_length(len(v)) + "".join([f"{lexeme}\0\0\0" for lexeme in v]).encode() for v in values]
+    packed = [_length(len(v)) + "\0\0\0".join(v).encode() + b"\0\0\0" for v in values]
     return _pack(Tsvectors, [_length(len(b)) + b for b in packed])
 
 

@@ -1,7 +1,7 @@
 """What it looks like: views built from the ledger, all of them disposable.
 
-A view is one module here with its `.sql`, registered in VIEWS, and one schema of its name, in which its tables
-have names that no other view's have. Nothing decides anything by a view.
+A view is one module here with its `.sql`, registered in VIEWS, and one schema of its name. Nothing decides
+anything by a view.
 """
 
 from collections.abc import Mapping

@@ -7,6 +7,7 @@ by (`terms.py`) and what facets count. A sealed value is never among them.
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from msgspec import Struct
@@ -26,6 +27,7 @@ from projections.terms import (
 )
 
 SQL = queries("projections", "audit")
+WRITE = SQL.write
 
 FACETS_EVENTS_MAX = 10_000
 """How many of the newest events found are counted."""
@@ -78,24 +80,26 @@ class Facets(Struct, kw_only=True, frozen=True):
     is_exact: bool
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> None:
-    """Bring the view from just before `batch` to just after it, within the caller's transaction."""
+async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
+    """What brings the view from just before `batch` to just after it: the values of WRITE."""
     events = [event for _, event in batch]
-    values = {
-        "ledger_id": ledger_id,
-        "positions": bigints(position for position, _ in batch),
-        "recorded_ats": texts(event.recorded_at for event in events),
-        "types": texts(event.type for event in events),
-        "principals": texts(event.actor.principal.replace("\0", "\ufffd") for event in events),
-        "terms": tsvectors(_terms(ledger_id, recorded) for recorded in batch),
+    return {
+        "event_positions": bigints(position for position, _ in batch),
+        "event_times": texts(event.recorded_at for event in events),
+        "event_types": texts(event.type for event in events),
+        "event_principals": texts(event.actor.principal.replace("\0", "\ufffd") for event in events),
+        "event_terms": tsvectors(_terms(ledger_id, recorded) for recorded in batch),
     }
-    await connection.execute(SQL.save, values, prepare=True)
 
 
 def _terms(ledger_id: UUID, recorded: Recorded) -> set[str]:
     position, event = recorded
-    own = {term("type", event.type), f"stream:{event.stream_id}", term("correlation", event.correlation_id)}
-    return event_terms(ledger_id, position, event) | own | event_words(event)
+    terms = event_words(event)
+    terms.update(event_terms(ledger_id, position, event))
+    terms.add(term("type", event.type))
+    terms.add(term("stream", event.stream_id))
+    terms.add(term("correlation", event.correlation_id))
+    return terms
 
 
 async def search(

@@ -1,8 +1,12 @@
--- name: save
-INSERT INTO events (ledger_id, position, recorded_at, type, principal, terms)
-SELECT %(ledger_id)s, e.position, e.recorded_at::timestamptz, e.type, e.principal, e.terms
-FROM unnest(%(positions)s, %(recorded_ats)s, %(types)s, %(principals)s, %(terms)s)
-    AS e (position, recorded_at, type, principal, terms)
+-- name: write
+event_rows AS (
+    INSERT INTO audit.events (ledger_id, position, recorded_at, type, principal, terms)
+    SELECT a.ledger_id, e.position, e.recorded_at::timestamptz, e.type, e.principal, e.terms
+    FROM advanced AS a, unnest(
+        %(event_positions)s, %(event_times)s, %(event_types)s, %(event_principals)s, %(event_terms)s
+    ) AS e (position, recorded_at, type, principal, terms)
+    WHERE a.view = 'audit'
+)
 
 -- name: count
 -- Who did what, over all of a stretch.

@@ -46,8 +46,12 @@ TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycop
 class View(Protocol):
     """What a view must offer to be projected."""
 
-    async def project(self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> None:
-        """Bring the view from just before `batch` to just after it, within the caller's transaction."""
+    WRITE: bytes
+    """The parts of a WITH that write the view's rows: each from `advanced AS a` where `a.view` is its name."""
+
+    async def project(self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
+        """What brings the view from just before `batch` to just after it: the values of WRITE, each named as no
+        other view's. May read what the view has, and write nothing."""
         ...
 
 
@@ -243,20 +247,20 @@ class Projector:
         self, connection: Connection, ledger_id: UUID, names: Sequence[str], batch: Sequence[Recorded]
     ) -> None:
         reached = batch[-1].position
-        values = {
+        values: dict[str, Any] = {
             "ledger_id": ledger_id,
             "views": list(names),
             "expected": batch[0].position - 1,
             "reached": reached,
-            "schemas": ", ".join(names),
         }
-        async with connection.pipeline(), connection.transaction():
-            advanced = await connection.execute(SQL.advance, values, prepare=True)
-            for name in names:
-                await self._views[name].project(connection, ledger_id, batch)
-            if len(await advanced.fetchall()) != len(names):
-                raise Overtaken
-        # Dying before the commit leaves rows and position as they were; after it, both as they are.
+        for name in names:
+            values |= await self._views[name].project(connection, ledger_id, batch)
+        statement = b", ".join([SQL.advance, *(self._views[name].WRITE for name in names)]) + SQL.advanced
+        # Dying before this commits leaves rows and position as they were; after it, both as they are.
+        cursor = await connection.execute(statement, values, prepare=True)
+        row = await cursor.fetchone()
+        if row != (len(names),):
+            raise Overtaken
         for name in names:
             self._places[ledger_id][name].position = reached
         self._untidy = True

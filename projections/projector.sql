@@ -38,13 +38,19 @@ WHERE (bytes_before < %(bytes)s) IS NOT FALSE
 ORDER BY position
 
 -- name: advance
--- Save how far these views have come, if they are still where this projector believes: if not, another one runs,
--- and nothing of this transaction may stay. The lock on the rows makes it wait for us, or us for it. The
--- transaction need not reach the disk before it ends: what a crash takes back, it takes back together.
-UPDATE projections.positions
-SET position = %(reached)s, parked_position = NULL, parked_reason = NULL, parked_at = NULL, updated_at = now()
-WHERE ledger_id = %(ledger_id)s AND view = ANY(%(views)s) AND position = %(expected)s
-RETURNING set_config('synchronous_commit', 'off', true), set_config('search_path', %(schemas)s, true)
+-- The one write, completed by what each view writes. A view is moved on only from where this projector believes it
+-- to be, and all its rows follow from that: where another projector has been quicker, nothing is written. The row's
+-- lock makes one of them wait for the other. The transaction need not reach the disk before it ends: what a crash
+-- takes back, it takes back together.
+WITH advanced AS (
+    UPDATE projections.positions
+    SET position = %(reached)s, parked_position = NULL, parked_reason = NULL, parked_at = NULL, updated_at = now()
+    WHERE ledger_id = %(ledger_id)s AND view = ANY(%(views)s) AND position = %(expected)s
+    RETURNING view, ledger_id, set_config('synchronous_commit', 'off', true)
+)
+
+-- name: advanced
+SELECT count(*) FROM advanced
 
 -- name: park
 UPDATE projections.positions

@@ -6,6 +6,7 @@ is found by (`terms.py`). What is shown is read from the ledger and made by `led
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from msgspec import Struct
@@ -16,7 +17,7 @@ from ledger.postgres import Connection, bigints, queries, texts, tsvectors
 from ledger.record import RecordedFact
 from projections.terms import Index, Order, event_terms, has, has_actor, term
 
-SQL = queries("projections", "records")
+WRITE = queries("projections", "records").write
 
 _index = Index("records", "records")
 
@@ -59,18 +60,14 @@ class Page(Struct, kw_only=True, frozen=True):
     next: int | None
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> None:
-    """Bring the view from just before `batch` to just after it, within the caller's transaction."""
+async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
+    """What brings the view from just before `batch` to just after it: the values of WRITE."""
     records = [recorded for recorded in batch if isinstance(recorded.event.data, FactRecorded)]
-    if not records:
-        return
-    values = {
-        "ledger_id": ledger_id,
-        "positions": bigints(position for position, _ in records),
-        "recorded_ats": texts(event.recorded_at for _, event in records),
-        "terms": tsvectors(_terms(ledger_id, recorded) for recorded in records),
+    return {
+        "record_positions": bigints(position for position, _ in records),
+        "record_times": texts(event.recorded_at for _, event in records),
+        "record_terms": tsvectors(_terms(ledger_id, recorded) for recorded in records),
     }
-    await connection.execute(SQL.save, values, prepare=True)
 
 
 def _terms(ledger_id: UUID, recorded: Recorded) -> set[str]:

@@ -7,7 +7,7 @@ stay sealed.
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -19,6 +19,7 @@ from ledger.postgres import Connection, bigints, byteas, queries, texts, uuids
 from ledger.session import Session, evolve
 
 SQL = queries("projections", "sessions")
+WRITE = SQL.write
 
 TOTAL_MAX = 10_000
 """How far a list is counted, and how deep its numbered pages go; beyond, `after` leads on."""
@@ -54,11 +55,9 @@ class Due(NamedTuple):
     deadline: Stamp
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> None:
-    """Bring the view from just before `batch` to just after it, within the caller's transaction."""
+async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
+    """What brings the view from just before `batch` to just after it: the values of WRITE."""
     events = [recorded for recorded in batch if recorded.event.stream_type == "session"]
-    if not events:
-        return
     opened = {event.stream_id: position for position, event in events if isinstance(event.data, SessionOpened)}
     known = {event.stream_id for _, event in events} - opened.keys()
     states = await _load(connection, ledger_id, known) if known else {}
@@ -66,8 +65,7 @@ async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recor
         earlier = states.get(event.stream_id)
         state = evolve(earlier[1] if earlier else None, event)
         states[event.stream_id] = (earlier[0] if earlier else position, state)
-    await _save(connection, ledger_id, states)
-    await _save_labels(connection, ledger_id, [states[stream_id] for stream_id in opened])
+    return _session_rows(states) | _label_rows([states[stream_id] for stream_id in opened])
 
 
 async def _load(connection: Connection, ledger_id: UUID, session_ids: set[UUID]) -> dict[UUID, tuple[int, Session]]:
@@ -77,39 +75,28 @@ async def _load(connection: Connection, ledger_id: UUID, session_ids: set[UUID])
     return {session.session_id: (position, session) for position, session in rows}
 
 
-async def _save(connection: Connection, ledger_id: UUID, states: dict[UUID, tuple[int, Session]]) -> None:
+def _session_rows(states: dict[UUID, tuple[int, Session]]) -> dict[str, Any]:
     sessions = [session for _, session in states.values()]
-    values = {
-        "ledger_id": ledger_id,
+    return {
         "session_ids": uuids(states),
-        "positions": bigints(position for position, _ in states.values()),
-        "opened_ats": texts(session.opened_at for session in sessions),
-        "expires_ats": texts(session.expires_at for session in sessions),
-        "states": texts(session.state for session in sessions),
-        "agent_roles": texts(_column(session.agent_role) for session in sessions),
+        "session_positions": bigints(position for position, _ in states.values()),
+        "session_opened_ats": texts(session.opened_at for session in sessions),
+        "session_expires_ats": texts(session.expires_at for session in sessions),
+        "session_states": texts(session.state for session in sessions),
+        "session_roles": texts(_column(session.agent_role) for session in sessions),
         "sessions": byteas(canonical(session) for session in sessions),
     }
-    await connection.execute(SQL.save, values, prepare=True)
 
 
-async def _save_labels(connection: Connection, ledger_id: UUID, states: list[tuple[int, Session]]) -> None:
-    rows = [
-        (_column(key), _column(value), session.opened_at, position, session.session_id)
-        for position, session in states
-        for key, value in session.labels.items()
-    ]
-    if not rows:
-        return
-    keys, values, opened_ats, positions, session_ids = zip(*rows, strict=True)
-    columns = {
-        "ledger_id": ledger_id,
-        "keys": texts(keys),
-        "values": texts(values),
-        "opened_ats": texts(opened_ats),
-        "positions": bigints(positions),
-        "session_ids": uuids(session_ids),
+def _label_rows(opened: list[tuple[int, Session]]) -> dict[str, Any]:
+    labelled = [(session, position, *label) for position, session in opened for label in session.labels.items()]
+    return {
+        "label_keys": texts(_column(key) for _, _, key, _ in labelled),
+        "label_values": texts(_column(value) for _, _, _, value in labelled),
+        "label_opened_ats": texts(session.opened_at for session, _, _, _ in labelled),
+        "label_positions": bigints(position for _, position, _, _ in labelled),
+        "label_session_ids": uuids(session.session_id for session, _, _, _ in labelled),
     }
-    await connection.execute(SQL.save_labels, columns, prepare=True)
 
 
 def _column(text: str) -> str:

@@ -1,27 +1,31 @@
--- What projecting runs names no schema: it writes to whichever the projector's search_path names. What
--- readers run names the one that serves.
-
 -- name: load
 -- The sessions that a batch goes on with.
-SELECT position, session FROM sessions WHERE ledger_id = %(ledger_id)s AND session_id = ANY(%(session_ids)s)
+SELECT position, session FROM sessions.sessions
+WHERE ledger_id = %(ledger_id)s AND session_id = ANY(%(session_ids)s)
 
--- name: save
+-- name: write
 -- Where neither state nor expiry changes, no index is touched.
-INSERT INTO sessions (ledger_id, session_id, position, opened_at, expires_at, state, agent_role, session)
-SELECT
-    %(ledger_id)s, s.session_id, s.position, s.opened_at::timestamptz, s.expires_at::timestamptz,
-    s.state, s.agent_role, s.session
-FROM unnest(
-    %(session_ids)s, %(positions)s, %(opened_ats)s, %(expires_ats)s, %(states)s, %(agent_roles)s, %(sessions)s
-) AS s (session_id, position, opened_at, expires_at, state, agent_role, session)
-ON CONFLICT (ledger_id, session_id) DO UPDATE
-SET state = excluded.state, expires_at = excluded.expires_at, session = excluded.session
-
--- name: save_labels
-INSERT INTO labels (ledger_id, key, value, opened_at, position, session_id)
-SELECT %(ledger_id)s, l.key, l.value, l.opened_at::timestamptz, l.position, l.session_id
-FROM unnest(%(keys)s, %(values)s, %(opened_ats)s, %(positions)s, %(session_ids)s)
-    AS l (key, value, opened_at, position, session_id)
+session_rows AS (
+    INSERT INTO sessions.sessions
+        (ledger_id, session_id, position, opened_at, expires_at, state, agent_role, session)
+    SELECT
+        a.ledger_id, s.session_id, s.position, s.opened_at::timestamptz, s.expires_at::timestamptz,
+        s.state, s.agent_role, s.session
+    FROM advanced AS a, unnest(
+        %(session_ids)s, %(session_positions)s, %(session_opened_ats)s, %(session_expires_ats)s,
+        %(session_states)s, %(session_roles)s, %(sessions)s
+    ) AS s (session_id, position, opened_at, expires_at, state, agent_role, session)
+    WHERE a.view = 'sessions'
+    ON CONFLICT (ledger_id, session_id) DO UPDATE
+    SET state = excluded.state, expires_at = excluded.expires_at, session = excluded.session
+), label_rows AS (
+    INSERT INTO sessions.labels (ledger_id, key, value, opened_at, position, session_id)
+    SELECT a.ledger_id, l.key, l.value, l.opened_at::timestamptz, l.position, l.session_id
+    FROM advanced AS a, unnest(
+        %(label_keys)s, %(label_values)s, %(label_opened_ats)s, %(label_positions)s, %(label_session_ids)s
+    ) AS l (key, value, opened_at, position, session_id)
+    WHERE a.view = 'sessions'
+)
 
 -- name: get
 SELECT session FROM sessions.sessions WHERE ledger_id = %(ledger_id)s AND session_id = %(session_id)s

@@ -10,6 +10,7 @@ hits. A sealed value gives no term, ever.
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
@@ -55,7 +56,8 @@ def words(text: str) -> set[str]:
     return set(_words_unspaced.findall(normalize("NFKC", normalize("NFKC", text).casefold())[:TEXT_CHARACTERS_MAX]))
 
 
-def term(kind: str, value: object) -> str:
+@lru_cache(10_000)
+def term(kind: str, value: str | UUID) -> str:
     """The term of one value; where that is too long for the index, its digest stands for it."""
     text = f"{kind}:{value}".replace("\0", "\ufffd")
     if len(text) <= TERM_BYTES_MAX // 4 or len(text.encode()) <= TERM_BYTES_MAX:
@@ -65,40 +67,40 @@ def term(kind: str, value: object) -> str:
 
 def event_terms(ledger_id: UUID, position: int, event: Event[Fact]) -> set[str]:
     """What every event is found by, whatever it says: its place, whose it is, what it is about."""
-    ledger = _ledger(ledger_id)
-    terms = {ledger, *[_span(ledger, bits, position >> bits) for bits in SPAN_BITS]}
-    terms |= {term("actor", event.actor.sub), term("issuer", event.actor.issuer)}
+    terms = {term("actor", event.actor.sub), term("issuer", event.actor.issuer)}
+    terms.update(_place(ledger_id, position >> SPAN_BITS[0]))
     if event.session_id is not None:
-        terms.add(f"session:{event.session_id}")
-    return terms | {term("ref", f"{ref.type}:{ref.id}") for ref in event.refs}
+        terms.add(term("session", event.session_id))
+    terms.update([term("ref", f"{ref.type}:{ref.id}") for ref in event.refs])
+    return terms
 
 
 def event_words(event: Event[Fact]) -> set[str]:
     """The words of all that may be searched: ids, and every string in what it says that is not sealed."""
     data = event.data
-    said = [getattr(data, name) for name in data.__struct_fields__ if name not in _TIMES]
-    ids = [event.type, event.command_id, event.correlation_id, event.external_id, event.actor.sub, event.refs]
+    values: list[Any] = [event.type, event.command_id, event.correlation_id, event.external_id, event.actor.sub]
+    values += [*event.refs, event.reason, *getattr(data, "labels", ())]
+    values += [getattr(data, name) for name in data.__struct_fields__ if name not in _TIMES]
     texts: list[str] = []
-    left = TEXT_CHARACTERS_MAX
-    for text in _strings([*ids, event.reason, *getattr(data, "labels", ()), *said]):
-        texts.append(text[:left])
-        left -= len(text)
-        if left <= 0:
-            break
-    return words("\n".join(texts))
-
-
-def _strings(values: list[Any]) -> Iterator[str]:
     for value in values:  # it grows as we go: what lies near the surface comes first, however deep the rest
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
+        kind = type(value)
+        if kind is str:
+            texts.append(value)
+        elif kind is dict:
             if SEALED not in value and ERASED not in value:
-                values.extend(value.values())
-        elif isinstance(value, list | tuple):
-            values.extend(value)
+                values += value.values()
+        elif kind is list or kind is tuple:
+            values += value
         elif isinstance(value, Struct):
-            values.extend([getattr(value, name) for name in value.__struct_fields__])
+            values += [getattr(value, name) for name in value.__struct_fields__]
+    return words("\n".join(texts)[:TEXT_CHARACTERS_MAX])
+
+
+@lru_cache(1000)
+def _place(ledger_id: UUID, smallest_span: int) -> tuple[str, ...]:
+    """The terms of a ledger and of the spans that its smallest one lies in."""
+    ledger = _ledger(ledger_id)
+    return ledger, *[_span(ledger, bits, smallest_span >> (bits - SPAN_BITS[0])) for bits in SPAN_BITS]
 
 
 def _ledger(ledger_id: UUID) -> str:
@@ -113,7 +115,7 @@ def _span(ledger: str, bits: int, number: int) -> str:
 # From terms to what is found by them. A condition is a part of a tsquery.
 
 
-def has(kind: str, value: object) -> str:
+def has(kind: str, value: str | UUID) -> str:
     """The condition that an event has this term."""
     return _quoted(term(kind, value))
 

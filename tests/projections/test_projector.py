@@ -205,13 +205,15 @@ async def test_a_parked_view_goes_on_when_its_event_can_be_projected_at_last(
         """A view that refuses one event until it is told to take it."""
 
         def __init__(self) -> None:
+            self.WRITE = b"nothing AS (SELECT)"
             self.refused: int | None = 13
             self.seen: list[int] = []
 
-        async def project(self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> None:
+        async def project(self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
             if self.refused in [position for position, _ in batch]:
                 raise ValueError(f"not {self.refused}")
             self.seen += [position for position, _ in batch]
+            return {}
 
     view = Fastidious()
     monkeypatch.setattr(projector, "RETRY_PARKED_SECONDS", 0.05)
