@@ -1,5 +1,6 @@
 """`make bench`: measure in turns, round by round, and write the table."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -88,4 +89,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that all is stopped on the way out
     app()

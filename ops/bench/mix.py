@@ -1,7 +1,7 @@
 """The fixed mix: 20 % open, 40 % record, 20 % change, 20 % annotate; each command appends one event.
 
 A unit is one session's work: opened, a record, activated, a record, annotated. Of every four records one has
-a personal value, of one of 500 customers. All ids are UUIDv7, as our client makes them. Changing anything
+a personal value, of one of 100 customers. All ids are UUIDv7, as our client makes them. Changing anything
 here makes the figures of before and after incomparable.
 """
 
@@ -24,7 +24,7 @@ AGENT = Actor(
     roles=("agent",),
     client="support-bot",
 )
-CUSTOMERS = 500
+CUSTOMERS = 100
 UNIT_COMMANDS = 5
 YOUNG_UNITS_AGO = (50, 400)
 
@@ -71,7 +71,8 @@ def _result(number: int) -> dict[str, object]:
     if number % 2:
         return {"membership": "gold", "saved_passengers": 2, "reservations": ["NO6JO3", "AIXC49", "HKEG34"]}
     person = {"name": "Mia Li", "date_of_birth": "1990-04-05", "email": "mia.li3818@example.com"}
-    return {"membership": "gold", "customer": {"$personal": {"subject": f"mia-{number % CUSTOMERS}", "value": person}}}
+    subject = f"customer-{number // 2 % CUSTOMERS}"
+    return {"membership": "gold", "customer": {"$personal": {"subject": subject, "value": person}}}
 
 
 def copied(unit: Unit) -> Unit:
