@@ -108,20 +108,27 @@ class Given:
 
     def when(self, command: Command, by: Actor = AGENT, *, expected_version: int | None = None) -> "Outcome":
         """Have it decided. Ids in the command are taken out of it, as the committer does."""
-        command_id = "asked" if command.command_id is UNSET else command.command_id
-        command.command_id = UNSET
-        pending = Pending(
-            command=command,
-            actor=by,
-            principal=by.principal,
-            command_id=command_id,
-            target=command.target or uuid7(),
-            canonical=canonical(command),
-            fingerprint=b"",
-            expected_version=expected_version,
-        )
-        batch = Batch(self, self.recorded_at, VAULT, session_retention_days=7)
-        return Outcome(batch, batch.decide(pending))
+        batch = self.batch()
+        return Outcome(batch, batch.decide(pending_of(command, by, expected_version)))
+
+    def batch(self, seconds_later: float = 0) -> Batch:
+        """An empty batch on this history."""
+        return Batch(self, self.recorded_at + timedelta(seconds=seconds_later), VAULT, session_retention_days=7)
+
+
+def pending_of(command: Command, by: Actor = AGENT, expected_version: int | None = None) -> Pending:
+    command_id = "asked" if command.command_id is UNSET else command.command_id
+    command.command_id = UNSET
+    return Pending(
+        command=command,
+        actor=by,
+        principal=by.principal,
+        command_id=command_id,
+        target=command.target or uuid7(),
+        canonical=canonical(command),
+        fingerprint=b"",
+        expected_version=expected_version,
+    )
 
 
 class Outcome:

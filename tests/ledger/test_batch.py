@@ -2,20 +2,30 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from msgspec.structs import replace
 from uuid_utils.compat import uuid7
 
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, OpenSession
+from ledger.batch import Batch
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, OpenSession, Receipt, Record
 from ledger.committer import Committer
 from ledger.errors import RateLimited
-from ledger.events import Actor
+from ledger.events import Actor, FactRecorded, SessionCancelled, SessionOpened, decode, moment
+from ledger.project_key import UnusableKey
+from ledger.queue import OPEN_ITEMS_MAX
 from tests.check import check_ledger, of_type
 from tests.conftest import Database
+from tests.ledger.given import DEADLINE, OPENED, RECORD, SESSION, given, on, pending_of
 
-pytestmark = pytest.mark.usefixtures("database")
+CHILD = uuid7()
+
+
+def child_of(parent: UUID) -> SessionOpened:
+    return SessionOpened(agent_role="sub", expires_at=DEADLINE, parent_session_id=parent)
 
 
 async def opened(committer: Committer, agent: Actor, **fields: Any) -> UUID:
@@ -33,6 +43,100 @@ async def alone(committer: Committer, agent: Actor) -> None:
 def id_from(moment: datetime) -> str:
     """A UUIDv7 command id made at `moment`, by its own account."""
     return str(UUID(int=(int(moment.timestamp() * 1000) << 80) | (7 << 76) | (2 << 62) | uuid4().int % 2**62))
+
+
+# Deciding
+
+
+def rows_of(batch: Batch) -> list[tuple[Any, ...]]:
+    return [(row.stream_id, row.stream_version, row.type, decode(row.entry).event_id) for row in batch.append.events]
+
+
+def test_what_is_decided_again_gets_the_same_ids() -> None:
+    """A batch that missed is decided again later, on another history; ids given away must not change."""
+    asked = [
+        pending_of(OpenSession(agent_role="finance", command_id="1")),
+        pending_of(ChangeSession(session_id=SESSION, status="active", task_id="T", command_id="2")),
+        pending_of(ChangeSession(session_id=SESSION, status="pending", command_id="3")),  # refused
+        pending_of(Record(kind="note", session_id=SESSION, command_id="4")),
+    ]
+    first, again = given(OPENED).batch(), given(on(RECORD, FactRecorded(kind="note")), OPENED).batch(seconds_later=3)
+    verdicts = [[batch.decide(pending) for pending in asked] for batch in (first, again)]
+    assert rows_of(first) == rows_of(again)
+    assert len({row[3] for row in rows_of(first)}) == 5
+    assert [receipt.target for receipt in verdicts[0]] == [receipt.target for receipt in verdicts[1]]  # type: ignore[union-attr]
+    assert [row.first_position + 1 for row in first.append.commands] == [
+        r.first_position for r in again.append.commands
+    ]
+    assert {decode(row.entry).recorded_at for row in again.append.events} == {again.now} != {first.now}
+
+
+def test_a_command_decides_on_what_those_before_it_in_the_batch_did() -> None:
+    batch = given().batch()
+    commands: list[Command] = [
+        OpenSession(agent_role="finance", session_id=SESSION),
+        OpenSession(agent_role="finance", session_id=SESSION),
+        ChangeSession(session_id=SESSION, status="active"),
+        OpenSession(agent_role="sub", session_id=CHILD, parent_session_id=SESSION),
+        ChangeSession(session_id=SESSION, status="completed"),
+        ChangeSession(session_id=SESSION, status="active"),
+        Record(kind="note", record_id=RECORD, session_id=CHILD),
+        Record(kind="note", parent_record_id=RECORD),
+        CancelSession(session_id=CHILD),
+    ]
+    for number, command in enumerate(commands):
+        command.command_id = str(number)
+    verdicts = [batch.decide(pending_of(command)) for command in commands]
+    assert [verdict.status for verdict in verdicts] == [201, 409, 200, 201, 200, 422, 201, 201, 200]
+    assert [row.first_position for row in batch.append.commands] == list(range(1, 10))
+    assert batch.size == len(batch.append.events) == 9
+    assert (batch.append.opened, batch.append.closed) == ({}, set()), "what opened and closed at once was never open"
+
+
+def test_the_same_id_twice_in_a_batch_is_decided_once() -> None:
+    batch = given(OPENED).batch()
+    first = batch.decide(pending_of(AnnotateSession(session_id=SESSION, text="x", command_id="1")))
+    again = batch.decide(pending_of(AnnotateSession(session_id=SESSION, text="x", command_id="1")))
+    assert isinstance(first, Receipt)
+    assert again == replace(first, replayed=True)
+    assert len(batch.append.events) == 1
+
+
+def test_a_batch_has_one_time() -> None:
+    batch = given(OPENED).batch()
+    for number in range(3):
+        batch.decide(pending_of(AnnotateSession(session_id=SESSION, text="x", command_id=str(number))))
+    events = [decode(row.entry) for row in batch.append.events]
+    assert {(event.recorded_at, event.occurred_at) for event in events} == {(batch.now, batch.now)}
+    assert batch.append.recorded_at == moment(batch.now)
+
+
+def test_follow_ups_a_thousand_levels_deep_do_not_recurse() -> None:
+    chain = [SESSION, *(uuid7() for _ in range(OPEN_ITEMS_MAX))]
+    history = given(OPENED, *(on(child, child_of(parent)) for parent, child in pairwise(chain)))
+    outcome = history.when(CancelSession(session_id=SESSION, cascade=True))
+    fact = SessionCancelled(cascade=True)
+    outcome.then(*(on(stream_id, fact) for stream_id in chain))
+    assert outcome.batch.append.commands[0].seen_position == outcome.batch.size
+    assert outcome.batch.append.closed == set(chain[1:])
+
+
+def test_follow_ups_a_thousand_wide_all_follow() -> None:
+    children = [uuid7() for _ in range(OPEN_ITEMS_MAX)]
+    history = given(OPENED, *(on(child, child_of(SESSION)) for child in children))
+    outcome = history.when(CancelSession(session_id=SESSION, cascade=True))
+    outcome.then(*(on(stream_id, SessionCancelled(cascade=True)) for stream_id in (SESSION, *children)))
+    assert len({event.command_id for event in outcome.events}) == 1 + OPEN_ITEMS_MAX
+
+
+def test_personal_values_never_reach_an_entry_in_the_clear() -> None:
+    """The keys are missing here, so nothing can be sealed: then nothing is decided either."""
+    mark = {"$personal": {"subject": "mia", "value": "1 Elm St"}}
+    with pytest.raises(UnusableKey):
+        given(OPENED).when(Record(kind="note", body=[mark]))
+
+
+# Answering, in batches that overlap
 
 
 async def test_a_replay_is_no_failed_precondition_however_young_its_id_looks(
