@@ -35,9 +35,10 @@ RETRY_SECONDS = 1.0
 RETRY_PARKED_SECONDS = 60.0
 TIDY_SECONDS = 0.5
 
-REST_SECONDS = (0.002, 0.02)
-"""After a batch a ledger rests for as long as that took, within these bounds: a few milliseconds let the next
-batch become larger, and half of one core is left for those who wait for answers."""
+REST_SECONDS_MIN = 0.004
+REST_SECONDS_MAX = 0.05
+"""After a batch a ledger rests for twice as long as that took, within these bounds. What a batch costs besides its
+events is then paid less often, and two thirds of a core stay with those who wait for answers."""
 
 TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycopg.ProgrammingError)
 """The database's trouble, not an event's: it is tried again, and nothing is parked."""
@@ -86,7 +87,11 @@ class Projector:
         self._said: dict[object, str] = {}
 
     async def run(self) -> None:
-        """Until cancelled. `listen_to`, a connection string without a pooler between, only makes it quicker."""
+        """Until cancelled; it may be run again. `listen_to`, a connection string without a pooler between, only makes
+        it quicker."""
+        self._places.clear()  # others may have moved them since
+        self._busy.clear()
+        self._waiting = asyncio.Queue()
         async with asyncio.TaskGroup() as jobs:
             jobs.create_task(self._poll())
             jobs.create_task(self._retry_parked())
@@ -175,12 +180,10 @@ class Projector:
                 # We look again where it stands; who holds the lease is settled elsewhere.
                 self._places.pop(ledger_id, None)
                 events = 1
-            if events or self._busy[ledger_id]:
-                rest = (
-                    0.0
-                    if events >= BATCH_EVENTS_MAX
-                    else min(max(loop.time() - began, REST_SECONDS[0]), REST_SECONDS[1])
-                )
+            if events >= BATCH_EVENTS_MAX:
+                self._waiting.put_nowait(ledger_id)
+            elif events or self._busy[ledger_id]:
+                rest = min(max(2 * (loop.time() - began), REST_SECONDS_MIN), REST_SECONDS_MAX)
                 loop.call_later(rest, self._waiting.put_nowait, ledger_id)
             else:
                 del self._busy[ledger_id]

@@ -284,6 +284,19 @@ async def test_it_outlives_a_lost_connection(
     await check_views(reader, history)
 
 
+async def test_one_that_was_stopped_anywhere_may_be_run_again(pool: Pool, history: History, reader: Connection) -> None:
+    again, other = Projector(pool, VIEWS), Projector(pool, VIEWS)
+    for seed in range(20):
+        add_at_random(history, 100, seed)
+        await history.write()
+        async with running(other if seed % 5 == 4 else again):
+            await asyncio.sleep(seed / 1000)  # not a wait for anything: the moment when it is stopped
+    async with running(again):
+        await caught_up(pool, "audit", history.ledger_id, min_position=history.size, timeout_seconds=30)
+        await caught_up(pool, "sessions", history.ledger_id, min_position=history.size, timeout_seconds=30)
+    await check_views(reader, history)
+
+
 async def test_a_foreign_ledger_is_left_alone(pool: Pool, history: History, reader: Connection) -> None:
     async with pool.connection() as connection:
         ledger = await store.create_ledger(connection, "foreign", is_foreign=True)
