@@ -102,12 +102,14 @@ def _api(*, supervised: Supervised = False) -> None:
 
 
 @app.command(name="worker")
-async def _worker(*, supervised: Supervised = False) -> None:
+def _worker(*, supervised: Supervised = False) -> None:
     """Run one worker process: it builds the views and expires what is due. Any number may run.
 
     They agree among themselves who does what; when one dies another takes over. The database must have
     been migrated.
     """
+    import uvloop
+
     from ledger.embedded import running_database
     from ops.serve import end_with_supervisor
     from ops.worker import run
@@ -115,7 +117,7 @@ async def _worker(*, supervised: Supervised = False) -> None:
     if supervised:
         end_with_supervisor()
     with running_database(_settings(), "muniment_worker") as settings:
-        await run(settings)
+        uvloop.run(run(settings))
 
 
 def _settings() -> Settings:

@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from ledger.committer import Committer
 from ledger.postgres import open_pool
 from ledger.vault import Vault
@@ -100,4 +102,4 @@ def summary(taken_ms: list[float], seconds: float, items: int = 1) -> dict[str, 
 
 
 if __name__ == "__main__":
-    asyncio.run(main(**told()))
+    uvloop.run(main(**told()))  # as the API's process does
