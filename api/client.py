@@ -11,11 +11,12 @@ import ipaddress
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from itertools import count
+from itertools import count, islice
 from string import Formatter
 from types import TracebackType
 from typing import Any
@@ -64,17 +65,17 @@ class Answer(Struct, frozen=True, kw_only=True):
     """What became of one command.
 
     `body` is the session or the record as the command left it, or the problem where it was refused.
-    `position` is the last one it appended; where it appended nothing, the one it saw, if that is known.
-    `replayed` says that it had been answered before.
+    `positions` are those of the events it appended, now or, if it is `replayed`, when it was first given.
+    `command_id` is None where it could not be read.
     """
 
-    command_id: str
+    command_id: str | None
     status: int
-    replayed: bool
-    position: int | None
-    etag: str | None
-    location: str | None
     body: Any
+    replayed: bool = False
+    positions: list[int] = []
+    location: str | None = None
+    etag: str | None = None
 
     @property
     def error(self) -> MunimentError | None:
@@ -82,18 +83,8 @@ class Answer(Struct, frozen=True, kw_only=True):
         return error_of(self.status, self.body) if self.status >= 400 else None
 
 
-class _Item(Struct):
-    """One place of the answer to a list of commands."""
-
-    status: int
-    replayed: bool = False
-    positions: list[int] = []
-    location: str | None = None
-    etag: str | None = None
-    body: Any = None
-
-
-_items = msgspec.json.Decoder(list[_Item])
+_answers = msgspec.json.Decoder(list[Answer])
+_objects = msgspec.json.Decoder(Json)
 
 
 class Client:
@@ -143,17 +134,10 @@ class Client:
         A command without an id is given one and keeps it: giving the same object again, after an error,
         cannot make it happen twice.
         """
-        response = await self._exchange("POST", "/commands", content=_encoded(command))
-        position = response.headers.get("ledger-position")
-        return Answer(
-            command_id=str(command.command_id),
-            status=response.status_code,
-            replayed=response.headers.get("idempotent-replayed") == "true",
-            position=int(position) if position else None,
-            etag=response.headers.get("etag"),
-            location=response.headers.get("location"),
-            body=_json(response),
-        )
+        (answer,) = await self.send([command])
+        if answer.error:
+            raise answer.error
+        return answer
 
     async def send(self, commands: Iterable[Command]) -> list[Answer]:
         """Give many commands in order, in as few requests as they fit in; an answer for each, in order.
@@ -161,24 +145,27 @@ class Client:
         A refused command does not stop the others and is not raised: look at `answer.error`. From the
         first one that could not be decided yet (429, 503) all are sent again, so their order holds.
         """
-        encoded = [(command, _encoded(command)) for command in commands]
+        waiting = deque((command.command_id, text) for command, text in map(_encoded, commands))
         answers: list[Answer] = []
         tries = _Tries(self._patience_seconds)
-        while len(answers) < len(encoded):
-            batch = _first_batch(encoded[len(answers) :])
+        while waiting:
+            batch = _first_batch(waiting)
             if not batch:
-                too_large = BodyTooLarge(limit_bytes=BATCH_BYTES_MAX)
-                answers.append(_unsent(encoded[len(answers)][0], too_large))
+                answers.append(_too_large(str(waiting.popleft()[0])))
                 continue
-            body = b"[%b]" % b",".join(text for _, text in batch)
-            items = _items.decode((await self._exchange("POST", "/commands", content=body)).content)
-            undecided = next((i for i, item in enumerate(items) if item.status in _TRY_AGAIN), None)
-            answers += map(_answer, (command for command, _ in batch), items[:undecided])
-            if undecided is None:
-                tries = _Tries(self._patience_seconds)
+            response = await self._exchange("POST", "/commands", content=b"[%b]" % b",".join(batch))
+            decided: list[Answer] = _decoded(response, _answers)
+            if len(decided) != len(batch):
+                raise _strange(response)
+            for answer in decided:
+                if answer.status in _TRY_AGAIN:
+                    error = error_of(answer.status, answer.body)
+                    await tries.pause(error, float(error.retry_after_seconds or 0))
+                    break
+                answers.append(answer)
+                waiting.popleft()
             else:
-                error = error_of(items[undecided].status, items[undecided].body)
-                await tries.pause(error, float(error.retry_after_seconds or 0))
+                tries = _Tries(self._patience_seconds)
         return answers
 
     async def open_session(self, agent_role: str, **fields: Any) -> Answer:
@@ -255,7 +242,8 @@ class Client:
 
     async def _get(self, path: str, parameters: Json, patience_seconds: float | None = None) -> Json:
         sent = {name: _parameter(value) for name, value in parameters.items() if value is not None}
-        body: Json = _json(await self._exchange("GET", path, params=sent, patience_seconds=patience_seconds))
+        response = await self._exchange("GET", path, params=sent, patience_seconds=patience_seconds)
+        body: Json = _decoded(response, _objects)
         return body
 
     async def _exchange(
@@ -302,45 +290,29 @@ class _Tries:
         await asyncio.sleep(pause_seconds)
 
 
-def _encoded(command: Command) -> bytes:
+def _encoded(command: Command) -> tuple[Command, bytes]:
     if command.command_id is UNSET:
         command.command_id = str(uuid7())
-    return msgspec.json.encode(command)
+    return command, msgspec.json.encode(command)
 
 
-def _first_batch(encoded: Sequence[tuple[Command, bytes]]) -> Sequence[tuple[Command, bytes]]:
+def _first_batch(waiting: Iterable[tuple[Any, bytes]]) -> list[bytes]:
     """As many from the front as one request may carry; none if the first is too large by itself."""
-    size = 1
-    for index, (_, text) in enumerate(encoded[:BATCH_COMMANDS_MAX]):
+    batch: list[bytes] = []
+    size = 2
+    for _, text in islice(waiting, BATCH_COMMANDS_MAX):
         size += len(text) + 1
         if size > BATCH_BYTES_MAX:
-            return encoded[:index]
-    return encoded[:BATCH_COMMANDS_MAX]
+            break
+        batch.append(text)
+    return batch
 
 
-def _answer(command: Command, item: _Item) -> Answer:
-    return Answer(
-        command_id=str(command.command_id),
-        status=item.status,
-        replayed=item.replayed,
-        position=item.positions[-1] if item.positions else None,
-        etag=item.etag,
-        location=item.location,
-        body=item.body,
-    )
-
-
-def _unsent(command: Command, error: MunimentError) -> Answer:
+def _too_large(command_id: str) -> Answer:
+    """What the server would say of a command that no request can carry."""
+    error = BodyTooLarge(limit_bytes=BATCH_BYTES_MAX)
     body = {"status": error.status, "code": error.code, "title": error.title, "detail": error.detail} | error.params
-    return Answer(
-        command_id=str(command.command_id),
-        status=error.status,
-        replayed=False,
-        position=None,
-        etag=None,
-        location=None,
-        body=body,
-    )
+    return Answer(command_id=command_id, status=error.status, body=body)
 
 
 def error_of(status: int, answered: Any) -> MunimentError:
@@ -378,12 +350,16 @@ def _words(template: str, members: Json, detail: str) -> Json:
     return found.groupdict() if found else {name: detail for _, name, _, _ in pieces if name and name not in members}
 
 
-def _json(response: httpx.Response) -> Any:
+def _decoded(response: httpx.Response, decoder: msgspec.json.Decoder[Any]) -> Any:
     try:
-        return msgspec.json.decode(response.content)
+        return decoder.decode(response.content)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        detail = f"{response.url} answered with something that is not JSON: is it a Muniment server?"
-        raise Problem(response.status_code, "unknown_problem", "Not JSON", detail) from None
+        raise _strange(response) from None
+
+
+def _strange(response: httpx.Response) -> Problem:
+    detail = f"{response.url} gave something else than Muniment answers: is it a Muniment server?"
+    return Problem(response.status_code, "unknown_problem", "Not an answer", detail)
 
 
 def _retry_after_seconds(response: httpx.Response) -> float:

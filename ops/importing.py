@@ -33,6 +33,7 @@ from ops.up import address
 
 JOBS = 8
 PATIENCE_SECONDS = 300.0
+FIRST_PATIENCE_SECONDS = 5.0
 IMPORTER = "muniment-import"
 SHOWN_MAX = 200
 LINES_EVERY_SECONDS = 5.0
@@ -192,7 +193,7 @@ def _count(steps: list[Step], answers: list[Answer], report: Report) -> None:
             continue
         report.replayed += answer.replayed
         report.recorded += not answer.replayed
-        report.position = max(report.position, answer.position or 0)
+        report.position = max(report.position, *answer.positions, 0)
         if isinstance(step.command, Record):
             report.records[step.command.kind] += 1
         else:
@@ -269,6 +270,9 @@ def openai_messages(
 
 
 async def _import(url: str, token: str, files: list[Transcript], options: Options, jobs: int) -> Report:
+    async with Client(url, token, patience_seconds=FIRST_PATIENCE_SECONDS) as first:
+        with suppress(NotFound):  # asked only to hear early that there is no server, or no right to ask
+            await first.receipt(IMPORTER)
     async with Client(url, token, patience_seconds=PATIENCE_SECONDS, connections_max=jobs) as client:
         with _progress(sum(file.size_bytes for file in files)) as moved:
             return await import_runs(client, files, options, jobs=jobs, moved=moved)

@@ -15,7 +15,7 @@ from uuid import UUID, uuid5
 
 from msgspec import UNSET, Struct, field
 
-from ledger.commands import METADATA_BYTES_MAX, ChangeSession, Command, OpenSession, Record
+from ledger.commands import BODY_BYTES_MAX, METADATA_BYTES_MAX, ChangeSession, Command, OpenSession, Record
 from ledger.events import canonical
 from ledger.vault import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX
 from ops.transcripts import Run, Unusable, mended, parse
@@ -36,7 +36,6 @@ PERSONAL_KEYS = (
 FAILING_TOOLS = ("transfer_to_human_agents",)
 SUBJECT_KEYS = frozenset({"userid", "customerid"})
 TIME_KEYS = ("timestamp", "created_at", "created", "time", "started_at", "start_time")
-BODY_BYTES_MAX = 1024 * 1024
 
 # Published data sets whose agent is known by the first line of its instructions.
 _KNOWN_ROLES = {"# Airline Agent Policy": "airline-support", "# Retail agent policy": "retail-support"}
@@ -187,8 +186,8 @@ class Mapping:
         return self._record(str(index), f"message.{kind}", body, self._moment(message))
 
     def _calls(self, index: int, message: Json, said: Record) -> Iterator[_Call]:
-        # A message that is over what a record promises to hold may be refused: its calls then stand alone.
-        is_sure = len(canonical(said.body)) <= BODY_BYTES_MAX
+        # A message over what a record may hold will be refused: its calls then stand alone.
+        is_held = len(canonical(said.body)) <= BODY_BYTES_MAX
         for nth, (call_id, name, arguments, more) in enumerate(_tool_calls(message)):
             self._transferred |= name in FAILING_TOOLS
             place = f"{index}:{nth}"
@@ -200,7 +199,7 @@ class Mapping:
             }
             if more:
                 body["more"] = self._marked(more)
-            yield _Call(place, body, self._moment(message), self._record_id(str(index)) if is_sure else None)
+            yield _Call(place, body, self._moment(message), self._record_id(str(index)) if is_held else None)
 
     def _answered(self, index: int, message: Json) -> Record:
         """The record of the call that a tool's message answers; of the answer alone where no call waits for it."""

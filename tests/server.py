@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
@@ -18,6 +19,8 @@ from psycopg import sql
 
 from api.auth import development_token
 from ledger.embedded import EmbeddedServer
+from ledger.events import Recorded
+from tests.check import check_ledger
 from tests.conftest import TEMPLATE, Database, database_of
 
 STARTED_WITHIN_SECONDS = 60
@@ -79,7 +82,8 @@ class Server:
     def kill(self) -> None:
         """End every process at once, without a chance to finish anything."""
         for process in self._processes:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._processes = []
 
@@ -105,6 +109,13 @@ def shared_server(postgres: EmbeddedServer, home: Path, commands: Sequence[str] 
                 yield server
         finally:
             connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def history(server: Server, project: str) -> list[Recorded]:
+    """What a project's ledger holds, after everything in the database was checked, as of one moment: the server
+    may be at work."""
+    one_moment = quote("-c default_transaction_isolation=serializable")
+    return check_ledger(f"{server.database.owner}&options={one_moment}").get(project, [])
 
 
 def new_project() -> str:

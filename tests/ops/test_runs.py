@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from ledger.commands import ChangeSession, OpenSession, Record, read_command
+from ledger.commands import BODY_BYTES_MAX, ChangeSession, OpenSession, Record, read_command
+from ledger.errors import MalformedRequest
 from ledger.vault import PERSONAL
-from ops.runs import BODY_BYTES_MAX, Mapping, Options, Step, identify, session_of
+from ops.runs import Mapping, Options, Step, identify, session_of
 from ops.transcripts import Run, Transcript, Unusable
 
 RECORDED_RUNS = Path(__file__).parents[3] / "shared/data/airline-agent-runs.json.gz"
@@ -386,8 +387,11 @@ def test_what_metadata_cannot_hold_is_a_record() -> None:
     assert (described.kind, described.body) == ("run.described", about)
 
 
-def test_calls_of_a_message_that_may_be_refused_for_its_size_stand_alone() -> None:
-    _, called = records([calling(("a", "f", "{}"), content="x" * BODY_BYTES_MAX)])
+def test_calls_of_a_message_that_is_too_large_for_a_record_stand_alone() -> None:
+    steps = mapped([calling(("a", "f", "{}"), content="x" * BODY_BYTES_MAX)])
+    message, called = [s.command for s in steps if isinstance(s, Step) and isinstance(s.command, Record)]
+    with pytest.raises(MalformedRequest, match="/body"):
+        read_command(msgspec.json.encode(message))
     assert called.parent_record_id is None
 
 
