@@ -27,6 +27,7 @@ from ledger.errors import ClockSkew, StoreUnavailable
 
 CLOCK_SKEW_MAX_SECONDS = 2.0
 CLOCK_CHECK_SECONDS = 15.0
+CLOCK_SET_SECONDS = 0.1
 
 
 class Connection(AsyncConnection[tuple[Any, ...]]):
@@ -43,10 +44,14 @@ P = TypeVar("P", bound="Packed")
 Pool: TypeAlias = AsyncConnectionPool[Connection]
 
 
+def tells_of_missed_standby(notice: psycopg.errors.Diagnostic) -> bool:
+    """Known by its place in the server's source, for its text is in the server's language and it has no code."""
+    return notice.severity_nonlocalized == "WARNING" and notice.source_function == "SyncRepWaitForLSN"
+
+
 async def _configure(connection: Connection) -> None:
     def heed(notice: psycopg.errors.Diagnostic) -> None:
-        if notice.severity_nonlocalized == "WARNING" and "synchronous replication" in (notice.message_primary or ""):
-            connection.standby_missed = True
+        connection.standby_missed |= tells_of_missed_standby(notice)
 
     connection.add_notice_handler(heed)
 
@@ -98,22 +103,27 @@ class Clock:
     """This process's idea of the database's time.
 
     Several nodes write one ledger, so they must agree on the time; the database's is the one they share.
-    `now` costs no query: the offset is measured now and then.
+    `now` costs no query: the offset is measured now and then, and in between time is counted by the clock
+    that nobody sets. A time from the future, once recorded, would hold up the ledger's until it has come.
     """
 
     def __init__(self) -> None:
         self._offset_seconds = 0.0
+        self._monotonic_offset_seconds = time.time() - time.monotonic()
         self._measured_at = float("-inf")
 
     def now(self) -> datetime:
         """The time, aware. Raises ClockSkew where this node's clock is not to be trusted."""
         if abs(self._offset_seconds) > CLOCK_SKEW_MAX_SECONDS:
             raise ClockSkew(offset_seconds=round(self._offset_seconds, 1))
-        return datetime.fromtimestamp(time.time() + self._offset_seconds, UTC)
+        return datetime.fromtimestamp(time.monotonic() + self._monotonic_offset_seconds, UTC)
 
     @property
     def stale(self) -> bool:
-        return time.monotonic() - self._measured_at > CLOCK_CHECK_SECONDS
+        """Whether it is time to measure: also when this node's clock was set, or slept, since it was measured."""
+        elapsed = time.monotonic() - self._measured_at
+        set_by = time.time() + self._offset_seconds - time.monotonic() - self._monotonic_offset_seconds
+        return elapsed > CLOCK_CHECK_SECONDS or abs(set_by) > CLOCK_SET_SECONDS
 
     async def measure(self, connection: Connection) -> None:
         """Compare with the database; of three tries, the quickest answer says most."""
@@ -126,6 +136,7 @@ class Clock:
             tries.append((after - before, row[0] - (before + after) / 2))
         self._offset_seconds = min(tries)[1]
         self._measured_at = time.monotonic()
+        self._monotonic_offset_seconds = time.time() + self._offset_seconds - self._measured_at
 
 
 class Packed(bytes):

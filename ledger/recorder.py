@@ -32,7 +32,7 @@ from uuid_utils.compat import uuid7
 from ledger import store
 from ledger.commands import ProjectId
 from ledger.events import Actor, Event, encode, leaf_hash, stamp, whole
-from ledger.postgres import bigints, byteas, queries, texts, uuids
+from ledger.postgres import bigints, byteas, queries, tells_of_missed_standby, texts, uuids
 
 SQL = queries("ledger", "recorder")
 
@@ -76,9 +76,7 @@ def open_pool(conninfo: str, connections_max: int = 10) -> Pool:
 
     def configure(connection: Connection) -> None:
         def heed(notice: psycopg.errors.Diagnostic) -> None:
-            said = notice.message_primary or ""
-            if notice.severity_nonlocalized == "WARNING" and "synchronous replication" in said:
-                connection.standby_missed = True
+            connection.standby_missed |= tells_of_missed_standby(notice)
 
         connection.add_notice_handler(heed)
 
