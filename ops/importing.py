@@ -22,11 +22,10 @@ from msgspec import Struct, field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from api.auth import development_token
 from api.client import Answer, Client
 from ledger.commands import Command, Record
 from ledger.errors import Forbidden, IdempotencyKeyReused, MunimentError, NotFound
-from ops.projects import local_settings
+from ops.projects import local_settings, local_token
 from ops.runs import PERSONAL_KEYS, Mapping, Options, Step, identify, session_of
 from ops.transcripts import Run, Transcript, Unusable
 from ops.up import address
@@ -280,9 +279,7 @@ async def _import(url: str, token: str, files: list[Transcript], options: Option
 
 def _where(project: str, url: str | None, token: str | None) -> tuple[str, str]:
     """The server and the token to use; what is not said is this machine's."""
-    if token is None:
-        keys_dir = local_settings().keys_dir
-        token = development_token(keys_dir, project=project, subject=IMPORTER, kind="service", roles=["agent"])
+    token = token or local_token(project, IMPORTER, "service", ("agent",))
     with suppress(jwt.PyJWTError):  # an opaque token says nothing; the server knows
         claimed = jwt.decode(token.strip(), options={"verify_signature": False}).get("project", project)
         if claimed != project:

@@ -96,17 +96,23 @@ def token(
     lifetime
         How long it is valid, such as `12h` or `30d`.
     """
-    settings = local_settings()
     seconds = int(lifetime.total_seconds())
     if seconds < 1:
         sys.exit("muniment: a lifetime is at least one second")
+    print(local_token(project, subject, kind, role, seconds))
+
+
+def local_token(
+    project: str, subject: str, kind: Kind, roles: tuple[str, ...], lifetime_seconds: int = LIFETIME_SECONDS
+) -> str:
+    """A development token for the server of this machine. Ends the program where no server would accept it."""
+    keys_dir = local_settings().keys_dir
     try:
-        made = development_token(
-            settings.keys_dir, project=project, subject=subject, kind=kind, roles=role, lifetime_seconds=seconds
+        return development_token(
+            keys_dir, project=project, subject=subject, kind=kind, roles=roles, lifetime_seconds=lifetime_seconds
         )
     except msgspec.ValidationError as error:
         sys.exit(f"muniment: no server would accept such a token: {error}")
-    print(made)
 
 
 def local_settings(*, any_mode: bool = False) -> Settings:

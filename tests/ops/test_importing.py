@@ -424,6 +424,12 @@ def test_a_server_that_is_not_there_is_said_soon(server: Server, project: str, t
     assert refused.stderr.startswith("muniment: stopped: http://127.0.0.1:9 did not answer")
 
 
+def test_a_name_that_no_project_can_have_is_refused(server: Server, tmp_path: Path) -> None:
+    refused = muniment(server, "Not_A_Project", runs_file(tmp_path / "runs.jsonl", 1))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("muniment: no server would accept such a token")
+
+
 def test_a_token_for_another_project_sends_nothing(server: Server, project: str, tmp_path: Path) -> None:
     path = runs_file(tmp_path / "runs.jsonl", 1)
     refused = muniment(server, project, path, "--token", server.token("other"), "--url", server.url)
