@@ -205,13 +205,13 @@ def bigints(values: Iterable[int]) -> Bigints:
     return _pack(Bigints, [_bigint(8, v) for v in values])
 
 
-def tsvectors(values: Iterable[Collection[str]]) -> Tsvectors:
+def tsvectors(values: Iterable[Collection[bytes]]) -> Tsvectors:
     """Each some different lexemes without positions: how many, then each closed by a NUL and a count of 0.
 
-    There must be one at least, each of 1 to 2,046 bytes without a NUL (`tsvectorrecv` in
+    There must be one at least, each of 1 to 2,046 bytes of UTF-8 without a NUL (`tsvectorrecv` in
     src/backend/utils/adt/tsvector.c).
     """
-    packed = [_length(len(v)) + "\0\0\0".join(v).encode() + b"\0\0\0" for v in values]
+    packed = [_length(len(v)) + b"\0\0\0".join(v) + b"\0\0\0" for v in values]
     return _pack(Tsvectors, [_length(len(b)) + b for b in packed])
 
 

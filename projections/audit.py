@@ -92,7 +92,7 @@ async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recor
     }
 
 
-def _terms(ledger_id: UUID, recorded: Recorded) -> set[str]:
+def _terms(ledger_id: UUID, recorded: Recorded) -> set[bytes]:
     position, event = recorded
     terms = event_words(event)
     terms.update(event_terms(ledger_id, position, event))

@@ -70,7 +70,7 @@ async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recor
     }
 
 
-def _terms(ledger_id: UUID, recorded: Recorded) -> set[str]:
+def _terms(ledger_id: UUID, recorded: Recorded) -> set[bytes]:
     position, event = recorded
     data = event.data
     assert isinstance(data, FactRecorded)

@@ -10,7 +10,7 @@ hits. A sealed value gives no term, ever.
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
@@ -36,12 +36,11 @@ TERM_BYTES_MAX = 512
 SPAN_BITS = (10, 15, 20)
 """Spans of 2^10, 2^15 and 2^20 positions: what one search may find too much of is 32 times what it needs."""
 
-_UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_uuid = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_BREAKS = bytes(code if chr(code).isalnum() else ord(" ") for code in range(128)).ljust(256)
 # Chinese and Japanese put no spaces between words: there each character is one.
 _UNSPACED = "\u2e80-\u9fff\uf900-\ufaff"
-_words = re.compile(rf"{_UUID}|[^\W_]{{1,{WORD_CHARACTERS_MAX}}}")
-_words_unspaced = re.compile(rf"{_UUID}|[{_UNSPACED}]|[^\W_{_UNSPACED}]{{1,{WORD_CHARACTERS_MAX}}}")
-_uuid = re.compile(_UUID)
+_words = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _TIMES = frozenset({"started_at", "ended_at", "expires_at", "deadline"})
 
 Order = Literal["asc", "desc"]
@@ -49,39 +48,59 @@ Order = Literal["asc", "desc"]
 # From an event to its terms
 
 
-def words(text: str) -> set[str]:
-    """The words of `text`, as they are stored and looked for: case, and forms of one letter, do not matter."""
+def words(text: str) -> set[bytes]:
+    """The words of `text`, as they are stored and looked for: runs of letters and digits.
+
+    Case, and forms of one letter, do not matter.
+    """
     if text.isascii():
-        return set(_words.findall(text.lower()))
-    return set(_words_unspaced.findall(normalize("NFKC", normalize("NFKC", text).casefold())[:TEXT_CHARACTERS_MAX]))
+        found = set(text.lower().encode().translate(_BREAKS).split())
+    else:
+        text = normalize("NFKC", normalize("NFKC", text).casefold())[:TEXT_CHARACTERS_MAX]
+        found = {word.encode() for word in _words.findall(text)}
+    if len(max(found, key=len, default=b"")) > WORD_CHARACTERS_MAX:
+        found = {piece for word in found for piece in _pieces(word.decode())}
+    return found
+
+
+def _pieces(word: str) -> Iterator[bytes]:
+    for at in range(0, len(word), WORD_CHARACTERS_MAX):
+        yield word[at : at + WORD_CHARACTERS_MAX].encode()
 
 
 @lru_cache(10_000)
-def term(kind: str, value: str | UUID) -> str:
+def term(kind: str, value: str | UUID) -> bytes:
     """The term of one value; where that is too long for the index, its digest stands for it."""
-    text = f"{kind}:{value}".replace("\0", "\ufffd")
-    if len(text) <= TERM_BYTES_MAX // 4 or len(text.encode()) <= TERM_BYTES_MAX:
-        return text
-    return f"{kind}:{blake2b(text.encode(), digest_size=32).hexdigest()}"
+    encoded = f"{kind}:{value}".replace("\0", "\ufffd").encode()
+    if len(encoded) <= TERM_BYTES_MAX:
+        return encoded
+    return f"{kind}:{blake2b(encoded, digest_size=32).hexdigest()}".encode()
 
 
-def event_terms(ledger_id: UUID, position: int, event: Event[Fact]) -> set[str]:
+def event_terms(ledger_id: UUID, position: int, event: Event[Fact]) -> set[bytes]:
     """What every event is found by, whatever it says: its place, whose it is, what it is about."""
     terms = {term("actor", event.actor.sub), term("issuer", event.actor.issuer)}
     terms.update(_place(ledger_id, position >> SPAN_BITS[0]))
     if event.session_id is not None:
         terms.add(term("session", event.session_id))
-    terms.update([term("ref", f"{ref.type}:{ref.id}") for ref in event.refs])
+    if event.refs:
+        terms.update([term("ref", f"{ref.type}:{ref.id}") for ref in event.refs])
     return terms
 
 
-def event_words(event: Event[Fact]) -> set[str]:
+def event_words(event: Event[Fact]) -> set[bytes]:
     """The words of all that may be searched: ids, and every string in what it says that is not sealed."""
     data = event.data
-    values: list[Any] = [event.type, event.command_id, event.correlation_id, event.external_id, event.actor.sub]
-    values += [*event.refs, event.reason, *getattr(data, "labels", ())]
-    values += [getattr(data, name) for name in data.__struct_fields__ if name not in _TIMES]
-    texts: list[str] = []
+    values: list[Any] = [getattr(data, name) for name in _said(type(data))]
+    values += [event.external_id, event.reason, *event.refs, *getattr(data, "labels", ())]
+    texts: list[str] = [event.type, event.actor.sub]
+    whole: list[bytes] = []
+    for name in (event.command_id, event.correlation_id):
+        word = name.encode()  # most are UUIDs, each of which is kept as one word
+        if _uuid.fullmatch(word):
+            whole.append(word)
+        else:
+            texts.append(name)
     for value in values:  # it grows as we go: what lies near the surface comes first, however deep the rest
         kind = type(value)
         if kind is str:
@@ -93,14 +112,22 @@ def event_words(event: Event[Fact]) -> set[str]:
             values += value
         elif isinstance(value, Struct):
             values += [getattr(value, name) for name in value.__struct_fields__]
-    return words("\n".join(texts)[:TEXT_CHARACTERS_MAX])
+    found = words("\n".join(texts)[:TEXT_CHARACTERS_MAX])
+    found.update(whole)
+    return found
+
+
+@cache
+def _said(kind: type[Fact]) -> tuple[str, ...]:
+    return tuple(name for name in kind.__struct_fields__ if name not in _TIMES)
 
 
 @lru_cache(1000)
-def _place(ledger_id: UUID, smallest_span: int) -> tuple[str, ...]:
+def _place(ledger_id: UUID, smallest_span: int) -> tuple[bytes, ...]:
     """The terms of a ledger and of the spans that its smallest one lies in."""
     ledger = _ledger(ledger_id)
-    return ledger, *[_span(ledger, bits, smallest_span >> (bits - SPAN_BITS[0])) for bits in SPAN_BITS]
+    spans = [_span(ledger, bits, smallest_span >> (bits - SPAN_BITS[0])) for bits in SPAN_BITS]
+    return tuple(name.encode() for name in (ledger, *spans))
 
 
 def _ledger(ledger_id: UUID) -> str:
@@ -117,7 +144,7 @@ def _span(ledger: str, bits: int, number: int) -> str:
 
 def has(kind: str, value: str | UUID) -> str:
     """The condition that an event has this term."""
-    return _quoted(term(kind, value))
+    return _quoted(term(kind, value).decode())
 
 
 def has_actor(actor: str) -> str:
@@ -127,19 +154,23 @@ def has_actor(actor: str) -> str:
 
 
 def has_words(text: str) -> list[str]:
-    """The conditions that an event has every word of `text`, in any order; an id may also be one it belongs to.
+    """The conditions that an event has every word of `text`, in any order; a UUID may also be one it belongs to.
 
     Whatever `text` is, it is plain words. Raises MalformedRequest where it has none, or too many.
     """
+    ids = {match.group() for match in _uuid.finditer(text.lower().encode())}
     found = words(text)
     if not 1 <= len(found) <= QUERY_WORDS_MAX:
         detail = f"it has {len(found)} different words (letters and digits); 1 to {QUERY_WORDS_MAX} are possible"
         raise MalformedRequest([{"pointer": "q", "detail": detail}])
-    return [_has_id(word) if _uuid.fullmatch(word) else _quoted(word) for word in sorted(found)]
+    found -= {part for name in ids for part in words(name.decode())}
+    return [*map(_has_id, sorted(ids)), *(_quoted(word.decode()) for word in sorted(found))]
 
 
-def _has_id(word: str) -> str:
-    return f"({' | '.join([_quoted(word), *(has(kind, word) for kind in ('stream', 'session'))])})"
+def _has_id(name: bytes) -> str:
+    parts = " & ".join([_quoted(part.decode()) for part in sorted(words(name.decode()))])
+    named = [has(kind, name.decode()) for kind in ("stream", "session")]
+    return f"({' | '.join([_quoted(name.decode()), *named, parts])})"
 
 
 def _quoted(lexeme: str) -> str:
