@@ -6,18 +6,22 @@ route does is in the module of its resource; nothing is decided here.
 """
 
 import os
-from collections.abc import AsyncGenerator
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response
+from litestar import Litestar, Request, Response, route
 from litestar.datastructures import State
+from litestar.enums import HttpMethod
+from litestar.handlers import HTTPRouteHandler
 
 from api import audit, commands, docs, events, health, openapi, records, sessions
 from api.auth import DEVELOPMENT_ISSUER, Tokens, development_verifier
-from api.http import Api, refuse
+from api.http import Answer, Api, refuse
 from api.idempotency import Copy
+from api.openapi import Handler
 from api.problems import as_error
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
@@ -67,12 +71,30 @@ def problem_response(request: Request[Any, Any, Any], raised: Exception) -> Resp
     return Response(answer.body, status_code=answer.status, headers=headers, media_type=answer.media_type.decode())
 
 
+def options(routes: Sequence[Handler]) -> list[HTTPRouteHandler]:
+    """OPTIONS for every address: what is possible there. Litestar's own knows one route of several."""
+    possible: dict[str, set[str]] = defaultdict(lambda: {"OPTIONS"})
+    for handler in routes:
+        if isinstance(handler, HTTPRouteHandler):
+            for path in handler.paths:
+                possible[path].update(map(str, handler.http_methods))
+
+    def handler_of(path: str, methods: set[str]) -> HTTPRouteHandler:
+        @route(path, http_method=HttpMethod.OPTIONS, name=f"options {path}")
+        async def tell() -> Answer:
+            return Answer(204, b"", [(b"allow", ", ".join(sorted(methods)).encode())])
+
+        return tell
+
+    return [handler_of(path, methods) for path, methods in possible.items()]
+
+
 def create_app(settings: Settings | None = None) -> Litestar:
     """The API as an ASGI application; settings come from the environment unless given."""
     known = settings or Settings.from_environment(os.environ)
-    routes = [route for module in RESOURCES for route in module.ROUTES]
+    routes: list[Handler] = [route for module in RESOURCES for route in module.ROUTES]
     return Litestar(
-        route_handlers=routes,
+        route_handlers=[*options(routes), *routes],
         state=State({"openapi": msgspec.json.encode(openapi.document(routes))}),
         lifespan=[lambda app: serving(app, known)],
         exception_handlers={Exception: problem_response},

@@ -159,7 +159,8 @@ async def _submit(
     asked = {index: _asked(call, c) for index, c in enumerate(commands) if c.command_id is not UNSET}
     copied = dict(zip(asked, await copy.find(list(asked.values())), strict=True))
     rest = [c for index, c in enumerate(commands) if copied.get(index) is None]
-    answers = iter(await api.committer.submit_all(caller.project_id, rest, caller.actor, traceparent=traceparent))
+    decided = await api.committer.submit_all(caller.project_id, rest, caller.actor, traceparent=traceparent)
+    answers = iter(decided)
     verdicts = [copied.get(index) or next(answers) for index in range(len(commands))]
     for index, one in asked.items():
         verdict = verdicts[index]

@@ -31,7 +31,9 @@ class CommandHeaders(
         Annotated[CommandId, Meta(description="The command id: sent again, it is done once.")] | UnsetType
     ) = UNSET
     if_match: (
-        Annotated[str, Meta(pattern=r'^(\*|"[0-9]{1,15}")$(?!\n)', description='The ETag you last saw, such as `"3"`.')]
+        Annotated[
+            str, Meta(pattern=r'^(\*|"[0-9]{1,15}")$(?!\n)', description="The ETag you last saw.", examples=['"3"'])
+        ]
         | UnsetType
     ) = UNSET
     correlation_id: (

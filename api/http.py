@@ -8,6 +8,7 @@ refused by name. Nothing here knows a resource, and nothing here decides.
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -227,7 +228,7 @@ def uuid_of(text: str, what: str) -> UUID:
 def convert(sent: dict[str, str], declared: type[Q]) -> Q:
     """Text values (headers, query parameters) as `declared` types them. Raises MalformedRequest by name."""
     try:
-        return msgspec.convert(sent, declared, strict=False)
+        read = msgspec.convert(sent, declared, strict=False)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `")
         at, detail = pointer(path).lstrip("/"), text
@@ -235,6 +236,11 @@ def convert(sent: dict[str, str], declared: type[Q]) -> Q:
             at = text.split("`")[1]
             detail = f"there is no such parameter; there are {', '.join(declared.__struct_encode_fields__)}"
         raise MalformedRequest([{"pointer": at, "detail": detail}]) from None
+    for name, text in sent.items():
+        # To msgspec a number in text is a time as well, in seconds; here times are RFC 3339.
+        if ":" not in text and isinstance(getattr(read, name, None), datetime):
+            raise MalformedRequest([{"pointer": name, "detail": "it is no RFC 3339 time"}])
+    return read
 
 
 def _shown(header: bytes) -> str:

@@ -93,14 +93,19 @@ class _Schemas:
                     self._types += kind if isinstance(kind, tuple) else [kind]
         self._types = [t for t in self._types if t is not None]
         refs, self.components = msgspec.json.schema_components(self._types, ref_template=_REF)
-        self._refs = list(refs)
+        # In ECMA-262, and so in JSON Schema, `$` is the very end as it stands; in Python that must be said.
+        refs, self.components = msgspec.json.decode(
+            msgspec.json.encode((refs, self.components)).replace(rb"$(?!\\n)", b"$")
+        )
+        self._refs = refs
         self.components["Session"] = _session(self.components["Session"])
 
     def ref(self, wanted: Any) -> Json:
         """The schema of a type, or of any one of several."""
         if isinstance(wanted, tuple):
             return {"anyOf": [self.ref(one) for one in wanted]}
-        return self._refs[self._types.index(wanted)]
+        schema: Json = self._refs[self._types.index(wanted)]
+        return schema
 
     def parameters(self, struct: type[msgspec.Struct], where: str) -> Iterator[Json]:
         """One parameter for each field; the struct itself is no component then."""
@@ -166,7 +171,9 @@ def _body(operation: Operation, path: str, schemas: _Schemas) -> Json:
         one = schema | {"properties": properties, "required": [name for name in schema["required"] if name != "type"]}
     if not operation.items_max:
         return one
-    return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": operation.items_max}]}
+    # What is no such item does not make the list wrong.
+    item = {"anyOf": [one, {"description": "Anything else is answered in its place, by a 400 of its own."}]}
+    return {"anyOf": [one, {"type": "array", "items": item, "minItems": 1, "maxItems": operation.items_max}]}
 
 
 def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Json]:

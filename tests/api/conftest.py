@@ -13,6 +13,7 @@ from litestar import Litestar
 from api.app import create_app
 from api.auth import development_token
 from ledger.settings import Settings
+from ops.worker import work
 from tests.conftest import Database
 
 Token = Callable[..., dict[str, str]]
@@ -84,3 +85,14 @@ def problem_of(response: httpx.Response) -> dict[str, Any]:
     for word in ("Traceback", "SELECT", "psycopg", "/api/", "site-packages"):
         assert word not in response.text
     return problem
+
+
+@pytest.fixture
+async def worker(database: Database, tmp_path: Path) -> AsyncIterator[None]:
+    """A worker, as `muniment worker` runs it, in this process."""
+    stop = asyncio.Event()
+    settings = settings_of(database, tmp_path, DATABASE_URL=database.worker)
+    job = asyncio.create_task(work(settings, stop))
+    yield
+    stop.set()
+    await job

