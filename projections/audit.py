@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from ledger.events import Recorded
 from ledger.postgres import Connection, bigints, queries, texts, tsvectors
+from projections.projector import Memory
 from projections.terms import (
     Index,
     Order,
@@ -80,7 +81,7 @@ class Facets(Struct, kw_only=True, frozen=True):
     is_exact: bool
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
+async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory) -> dict[str, Any]:
     """What brings the view from just before `batch` to just after it: the values of WRITE."""
     events = [event for _, event in batch]
     return {

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from uuid import UUID
 
 import psycopg
@@ -30,6 +30,7 @@ SQL = queries("projections", "projector")
 BATCH_EVENTS_MAX = 1000
 BATCH_BYTES_MAX = 16 * 2**20
 LEDGERS_AT_ONCE = 4
+MEMORIES_MAX = 50
 POLL_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 RETRY_PARKED_SECONDS = 60.0
@@ -37,11 +38,15 @@ TIDY_SECONDS = 0.5
 
 REST_SECONDS_MIN = 0.004
 REST_SECONDS_MAX = 0.05
-"""After a batch a ledger rests for twice as long as that took, within these bounds. What a batch costs besides its
-events is then paid less often, and two thirds of a core stay with those who wait for answers."""
+"""After a batch a ledger rests for as long as that took, within these bounds. What a batch costs besides its events
+is then paid less often, and half of a core stays with those who wait for answers."""
 
 TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycopg.ProgrammingError)
 """The database's trouble, not an event's: it is tried again, and nothing is parked."""
+
+
+Memory: TypeAlias = dict[UUID, Any]
+"""What a view remembers of a ledger so as not to read it again: true as of the last batch, or thrown away."""
 
 
 class View(Protocol):
@@ -50,9 +55,11 @@ class View(Protocol):
     WRITE: bytes
     """The parts of a WITH that write the view's rows: each from `advanced AS a` where `a.view` is its name."""
 
-    async def project(self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
+    async def project(
+        self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
+    ) -> dict[str, Any]:
         """What brings the view from just before `batch` to just after it: the values of WRITE, each named as no
-        other view's. May read what the view has, and write nothing."""
+        other view's. May read what the view has, keep in `memory` what it is after the batch, and write nothing."""
         ...
 
 
@@ -79,6 +86,7 @@ class Projector:
         self._views = views
         self._listen_to = listen_to
         self._places: dict[UUID, dict[str, Place]] = {}
+        self._memories: dict[tuple[UUID, str], Memory] = {}
         # A ledger is here while it waits, is worked on, or rests; True: it grew since it was last read.
         self._busy: dict[UUID, bool] = {}
         self._waiting: asyncio.Queue[UUID] = asyncio.Queue()
@@ -90,6 +98,7 @@ class Projector:
         """Until cancelled; it may be run again. `listen_to`, a connection string without a pooler between, only makes
         it quicker."""
         self._places.clear()  # others may have moved them since
+        self._memories.clear()
         self._busy.clear()
         self._waiting = asyncio.Queue()
         async with asyncio.TaskGroup() as jobs:
@@ -183,7 +192,7 @@ class Projector:
             if events >= BATCH_EVENTS_MAX:
                 self._waiting.put_nowait(ledger_id)
             elif events or self._busy[ledger_id]:
-                rest = min(max(2 * (loop.time() - began), REST_SECONDS_MIN), REST_SECONDS_MAX)
+                rest = min(max(loop.time() - began, REST_SECONDS_MIN), REST_SECONDS_MAX)
                 loop.call_later(rest, self._waiting.put_nowait, ledger_id)
             else:
                 del self._busy[ledger_id]
@@ -256,8 +265,10 @@ class Projector:
             "expected": batch[0].position - 1,
             "reached": reached,
         }
+        # Whatever goes wrong from here on, what the views remember is not to be trusted any more.
+        memories = {name: self._memories.pop((ledger_id, name), {}) for name in names}
         for name in names:
-            values |= await self._views[name].project(connection, ledger_id, batch)
+            values |= await self._views[name].project(connection, ledger_id, batch, memories[name])
         statement = b", ".join([SQL.advance, *(self._views[name].WRITE for name in names)]) + SQL.advanced
         # Dying before this commits leaves rows and position as they were; after it, both as they are.
         cursor = await connection.execute(statement, values, prepare=True)
@@ -266,6 +277,10 @@ class Projector:
             raise Overtaken
         for name in names:
             self._places[ledger_id][name].position = reached
+            if memories[name]:
+                self._memories[ledger_id, name] = memories[name]
+        if len(self._memories) > MEMORIES_MAX:
+            del self._memories[next(iter(self._memories))]
         self._untidy = True
 
     async def _park(self, connection: Connection, ledger_id: UUID, name: str, failure: Exception) -> None:

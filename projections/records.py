@@ -15,6 +15,7 @@ from ledger import record, store
 from ledger.events import FactRecorded, Recorded
 from ledger.postgres import Connection, bigints, queries, texts, tsvectors
 from ledger.record import RecordedFact
+from projections.projector import Memory
 from projections.terms import Index, Order, event_terms, has, has_actor, term
 
 WRITE = queries("projections", "records").write
@@ -60,7 +61,7 @@ class Page(Struct, kw_only=True, frozen=True):
     next: int | None
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
+async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory) -> dict[str, Any]:
     """What brings the view from just before `batch` to just after it: the values of WRITE."""
     records = [recorded for recorded in batch if isinstance(recorded.event.data, FactRecorded)]
     return {

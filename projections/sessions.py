@@ -16,13 +16,16 @@ from msgspec import Struct
 from ledger.errors import MalformedRequest
 from ledger.events import Recorded, SessionOpened, Stamp, canonical, moment, stamp
 from ledger.postgres import Connection, bigints, byteas, queries, texts, uuids
-from ledger.session import Session, evolve
+from ledger.session import TERMINAL, Session, evolve
+from projections.projector import Memory
 
 SQL = queries("projections", "sessions")
 WRITE = SQL.write
 
 TOTAL_MAX = 10_000
 """How far a list is counted, and how deep its numbered pages go; beyond, `after` leads on."""
+
+REMEMBERED_MAX = 2_000
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _session = msgspec.json.Decoder(Session)
@@ -55,16 +58,25 @@ class Due(NamedTuple):
     deadline: Stamp
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
-    """What brings the view from just before `batch` to just after it: the values of WRITE."""
+async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory) -> dict[str, Any]:
+    """What brings the view from just before `batch` to just after it: the values of WRITE.
+
+    It remembers the sessions that are not at their end, each with the position of its opening.
+    """
     events = [recorded for recorded in batch if recorded.event.stream_type == "session"]
     opened = {event.stream_id: position for position, event in events if isinstance(event.data, SessionOpened)}
-    known = {event.stream_id for _, event in events} - opened.keys()
-    states = await _load(connection, ledger_id, known) if known else {}
+    unknown = {event.stream_id for _, event in events} - opened.keys() - memory.keys()
+    states = await _load(connection, ledger_id, unknown) if unknown else {}
     for position, event in events:
-        earlier = states.get(event.stream_id)
+        earlier = states.get(event.stream_id) or memory.get(event.stream_id)
         state = evolve(earlier[1] if earlier else None, event)
         states[event.stream_id] = (earlier[0] if earlier else position, state)
+    if len(memory) > REMEMBERED_MAX:
+        memory.clear()
+    memory.update(states)
+    for session_id, (_, state) in states.items():
+        if state.state in TERMINAL:
+            del memory[session_id]
     return _session_rows(states) | _label_rows([states[stream_id] for stream_id in opened])
 
 

@@ -25,6 +25,7 @@ from ledger.events import (
 )
 from ledger.postgres import Connection, Pool, open_pool
 from projections import VIEWS, Projector, caught_up, projector, sessions
+from projections.projector import Memory
 from tests.check import states
 from tests.conftest import Database
 from tests.projections.conftest import History, NewHistory, deadline, project_all, running
@@ -209,7 +210,9 @@ async def test_a_parked_view_goes_on_when_its_event_can_be_projected_at_last(
             self.refused: int | None = 13
             self.seen: list[int] = []
 
-        async def project(self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded]) -> dict[str, Any]:
+        async def project(
+            self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
+        ) -> dict[str, Any]:
             if self.refused in [position for position, _ in batch]:
                 raise ValueError(f"not {self.refused}")
             self.seen += [position for position, _ in batch]
