@@ -78,7 +78,8 @@ CREATE INDEX sessions_by_role_and_state ON sessions.sessions (ledger_id, agent_r
 -- The sweeper's: over all ledgers, since time runs out in all of them alike.
 CREATE INDEX sessions_due ON sessions.sessions (expires_at) WHERE state IN ('pending', 'active');
 
--- The labels of each session. They never change, so they are written once.
+-- The labels of each session, with what else a list may be filtered by: a label that every session has, and a
+-- state that few are in, would else be looked for session by session.
 CREATE TABLE sessions.labels (
     ledger_id uuid NOT NULL,
     key text NOT NULL,
@@ -86,8 +87,11 @@ CREATE TABLE sessions.labels (
     opened_at timestamptz NOT NULL,
     position bigint NOT NULL,
     session_id uuid NOT NULL,
+    state text NOT NULL,
+    agent_role text NOT NULL,
     PRIMARY KEY (ledger_id, key, value, opened_at, position)
 );
+CREATE INDEX labels_by_state ON sessions.labels (ledger_id, key, value, state, opened_at, position);
 
 -- One row a record: where it stands in the ledger, which holds its body, and the terms it is found by.
 CREATE TABLE records.records (

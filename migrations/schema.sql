@@ -156,7 +156,9 @@ CREATE TABLE sessions.labels (
     value text NOT NULL,
     opened_at timestamp with time zone NOT NULL,
     "position" bigint NOT NULL,
-    session_id uuid NOT NULL
+    session_id uuid NOT NULL,
+    state text NOT NULL,
+    agent_role text NOT NULL
 );
 
 CREATE TABLE sessions.sessions (
@@ -227,6 +229,8 @@ CREATE INDEX events_by_term ON audit.events USING gin (terms) WITH (gin_pending_
 CREATE INDEX open_items_by_root ON ledger.open_items USING btree (ledger_id, root_session_id);
 
 CREATE INDEX records_by_term ON records.records USING gin (terms) WITH (gin_pending_list_limit='65536');
+
+CREATE INDEX labels_by_state ON sessions.labels USING btree (ledger_id, key, value, state, opened_at, "position");
 
 CREATE INDEX sessions_by_role ON sessions.sessions USING btree (ledger_id, agent_role, opened_at, "position");
 

@@ -16,7 +16,7 @@ from msgspec import Struct
 from ledger.errors import MalformedRequest
 from ledger.events import Recorded, SessionOpened, Stamp, canonical, moment, stamp
 from ledger.postgres import Connection, bigints, byteas, queries, texts, uuids
-from ledger.session import TERMINAL, Session, evolve
+from ledger.session import TERMINAL, Session, State, evolve
 from projections.projector import Memory
 
 SQL = queries("projections", "sessions")
@@ -71,13 +71,18 @@ async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recor
         earlier = states.get(event.stream_id) or memory.get(event.stream_id)
         state = evolve(earlier[1] if earlier else None, event)
         states[event.stream_id] = (earlier[0] if earlier else position, state)
+    moved = [key for key, (_, state) in states.items() if key in opened or _state(memory.get(key)) != state.state]
     if len(memory) > REMEMBERED_MAX:
         memory.clear()
     memory.update(states)
     for session_id, (_, state) in states.items():
         if state.state in TERMINAL:
             del memory[session_id]
-    return _session_rows(states) | _label_rows([states[stream_id] for stream_id in opened])
+    return _session_rows(states) | _label_rows([states[session_id] for session_id in moved])
+
+
+def _state(remembered: tuple[int, Session] | None) -> State | None:
+    return remembered[1].state if remembered else None
 
 
 async def _load(connection: Connection, ledger_id: UUID, session_ids: set[UUID]) -> dict[UUID, tuple[int, Session]]:
@@ -100,14 +105,16 @@ def _session_rows(states: dict[UUID, tuple[int, Session]]) -> dict[str, Any]:
     }
 
 
-def _label_rows(opened: list[tuple[int, Session]]) -> dict[str, Any]:
-    labelled = [(session, position, *label) for position, session in opened for label in session.labels.items()]
+def _label_rows(moved: list[tuple[int, Session]]) -> dict[str, Any]:
+    labelled = [(session, position, *label) for position, session in moved for label in session.labels.items()]
     return {
         "label_keys": texts(_column(key) for _, _, key, _ in labelled),
         "label_values": texts(_column(value) for _, _, _, value in labelled),
         "label_opened_ats": texts(session.opened_at for session, _, _, _ in labelled),
         "label_positions": bigints(position for _, position, _, _ in labelled),
         "label_session_ids": uuids(session.session_id for session, _, _, _ in labelled),
+        "label_states": texts(session.state for session, _, _, _ in labelled),
+        "label_roles": texts(_column(session.agent_role) for session, _, _, _ in labelled),
     }
 
 
@@ -140,17 +147,17 @@ async def search(
     if offset > TOTAL_MAX:
         raise MalformedRequest([{"pointer": "page", "detail": f"it begins beyond {TOTAL_MAX}; use `after`"}])
     values = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
-    parts = [SQL.from_all if wanted.label is None else SQL.from_label]
-    parts += [getattr(SQL, name) for name in values if name != "label"]
+    listed = [SQL.from_all if wanted.label is None else SQL.from_label]
+    listed += [getattr(SQL, name) for name in values if name != "label"]
     if wanted.label is not None:
         values["key"], values["value"] = _label(wanted.label)
     values = {name: _column(value) if isinstance(value, str) else value for name, value in values.items()}
     values |= {"ledger_id": ledger_id, "limit": limit + 1, "offset": offset, "total_max": TOTAL_MAX}
-    count = b"SELECT count(*) FROM (SELECT %b) AS s" % b"\n".join([*parts, SQL.newest_first, SQL.bound])
+    count = SQL.count.replace(b"{list}", b"\n".join([*listed, SQL.newest_first]))
     if after is not None:
         values["after_time"], values["after_position"] = _read_cursor(after)
-        parts.append(SQL.after)
-    page = b"\n".join([b"SELECT k.position, s.session", *parts, SQL.newest_first, SQL.page])
+        listed.append(SQL.after)
+    page = SQL.page.replace(b"{list}", b"\n".join([*listed, SQL.newest_first]))
     async with connection.pipeline():
         counted = await connection.execute(count, values, prepare=True)
         found = await connection.execute(page, values, prepare=True, binary=True)

@@ -19,12 +19,14 @@ session_rows AS (
     ON CONFLICT (ledger_id, session_id) DO UPDATE
     SET state = excluded.state, expires_at = excluded.expires_at, session = excluded.session
 ), label_rows AS (
-    INSERT INTO sessions.labels (ledger_id, key, value, opened_at, position, session_id)
-    SELECT a.ledger_id, l.key, l.value, l.opened_at::timestamptz, l.position, l.session_id
+    INSERT INTO sessions.labels (ledger_id, key, value, opened_at, position, session_id, state, agent_role)
+    SELECT a.ledger_id, l.key, l.value, l.opened_at::timestamptz, l.position, l.session_id, l.state, l.agent_role
     FROM advanced AS a, unnest(
-        %(label_keys)s, %(label_values)s, %(label_opened_ats)s, %(label_positions)s, %(label_session_ids)s
-    ) AS l (key, value, opened_at, position, session_id)
+        %(label_keys)s, %(label_values)s, %(label_opened_ats)s, %(label_positions)s, %(label_session_ids)s,
+        %(label_states)s, %(label_roles)s
+    ) AS l (key, value, opened_at, position, session_id, state, agent_role)
     WHERE a.view = 'sessions'
+    ON CONFLICT (ledger_id, key, value, opened_at, position) DO UPDATE SET state = excluded.state
 )
 
 -- name: get
@@ -42,25 +44,22 @@ WHERE s.state IN ('pending', 'active') AND s.expires_at <= now() AND NOT EXISTS 
 )
 ORDER BY s.expires_at LIMIT %(limit)s
 
--- A list is made of the parts below: where it begins, what was asked for, how it ends. `k` is what it is
--- sorted by: the sessions, or one label's entries, in whose order the sessions are then looked up one by one
--- (OFFSET 0 keeps the planner from joining and sorting a label that every session has).
+-- A list is made of the parts below: whose entries it goes through (`k`: all sessions, or those with a label),
+-- what was asked for, and the order, in which every index above has them.
 
 -- name: from_all
-FROM sessions.sessions AS k CROSS JOIN LATERAL (SELECT k.session, k.state, k.agent_role) AS s
+SELECT k.session_id, k.opened_at, k.position FROM sessions.sessions AS k
 WHERE k.ledger_id = %(ledger_id)s
 
 -- name: from_label
-FROM sessions.labels AS k CROSS JOIN LATERAL (
-    SELECT * FROM sessions.sessions WHERE ledger_id = k.ledger_id AND session_id = k.session_id OFFSET 0
-) AS s
+SELECT k.session_id, k.opened_at, k.position FROM sessions.labels AS k
 WHERE k.ledger_id = %(ledger_id)s AND k.key = %(key)s AND k.value = %(value)s
 
 -- name: state
-AND s.state = %(state)s
+AND k.state = %(state)s
 
 -- name: agent_role
-AND s.agent_role = %(agent_role)s
+AND k.agent_role = %(agent_role)s
 
 -- name: since
 AND k.opened_at >= %(since)s
@@ -74,10 +73,15 @@ AND (k.opened_at, k.position) < (%(after_time)s, %(after_position)s)
 -- name: newest_first
 ORDER BY k.opened_at DESC, k.position DESC
 
--- name: page
-LIMIT %(limit)s OFFSET %(offset)s
+-- name: count
+-- In the list's order too: else the planner would take the first rows it meets for as good as any, and read the
+-- whole table for a rare state.
+SELECT count(*) FROM ({list} LIMIT %(total_max)s + 1) AS k
 
--- name: bound
--- Counted in the list's order too: else the planner would take the first rows it meets for as good as any, and
--- read the whole table for a rare state.
-LIMIT %(total_max)s + 1
+-- name: page
+-- LIMIT 1, so that the sessions are looked up one by one, and only those shown.
+SELECT k.position, s.session FROM ({list} LIMIT %(limit)s OFFSET %(offset)s) AS k
+CROSS JOIN LATERAL (
+    SELECT session FROM sessions.sessions WHERE ledger_id = %(ledger_id)s AND session_id = k.session_id LIMIT 1
+) AS s
+ORDER BY k.opened_at DESC, k.position DESC

@@ -72,8 +72,12 @@ async def check_views(connection: Connection, history: History) -> None:
         shown = replayed[session_id]
         assert await sessions.get(connection, history.ledger_id, session_id) == shown
         assert (position, state, agent_role) == (opened[session_id], shown.state, shown.agent_role)
-    labels = await fetch(connection, "SELECT session_id, key, value FROM sessions.labels", history)
-    assert sorted(labels) == sorted((s, k, v) for s in opened for k, v in replayed[s].labels.items())
+    labels = await fetch(connection, "SELECT session_id, key, value, state, agent_role FROM sessions.labels", history)
+    assert sorted(labels) == sorted(
+        (s, key, value, replayed[s].state, replayed[s].agent_role)
+        for s in opened
+        for key, value in replayed[s].labels.items()
+    )
     recorded = [(position,) for position, event in events if event.type == "FactRecorded"]
     assert sorted(await fetch(connection, "SELECT position FROM records.records", history)) == recorded
     found = sorted(await fetch(connection, "SELECT position, type, principal FROM audit.events", history))

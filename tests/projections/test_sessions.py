@@ -178,6 +178,8 @@ async def test_a_list_reads_little_more_than_it_shows(
         session_id = history.open("rare" if n % 1000 == 0 else "common", labels={"team": "all", "one": str(n % 1000)})
         if n % 3:
             history.add(SessionActivated(), session_id)
+        if n % 1500 == 1:
+            history.add(SessionCompleted(), session_id)
     await project_all(projector, history)
     for wanted in (
         Filter(),
@@ -187,6 +189,7 @@ async def test_a_list_reads_little_more_than_it_shows(
         Filter(agent_role="rare", state="pending"),
         Filter(label="team=all"),
         Filter(label="one=7"),
+        Filter(label="team=all", state="completed"),
         Filter(since=moment(history.time(100)), until=moment(history.time(200))),
     ):
         async with reader.transaction():
