@@ -6,7 +6,7 @@ What a caller may do is not decided here, and no token is ever stored or logged.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ LIFETIME_SECONDS = 30 * 24 * 3600
 VERIFIED_SECONDS_MAX = 60.0
 VERIFIED_TOKENS_MAX = 10_000
 TOKEN_BYTES_MAX = 16 * 1024
-READERS = ("agent", "approver", "auditor", "operator")
+READERS = frozenset({"agent", "approver", "auditor", "operator"})
 """The roles that may read what is recorded in their project."""
 
 Kind = Literal["human", "agent", "service"]
@@ -37,14 +37,21 @@ class Caller(Struct, frozen=True):
 
     project_id: str
     actor: Actor
-
-    def may_read(self) -> bool:
-        return any(role in READERS for role in self.actor.roles)
+    may_read: bool
+    """Whether one of the roles is a reader's; asked for every answer, so it is found once a token."""
 
     def require(self, *needed: str, action: str) -> None:
         """Raises Forbidden unless the caller has one of these roles."""
         if not any(role in needed for role in self.actor.roles):
-            raise Forbidden(action=action, needed=list(needed), roles=list(self.actor.roles))
+            raise self._forbidden(needed, action)
+
+    def require_reader(self, action: str) -> None:
+        """Raises Forbidden unless the caller may read what is recorded in the project."""
+        if not self.may_read:
+            raise self._forbidden(sorted(READERS), action)
+
+    def _forbidden(self, needed: Sequence[str], action: str) -> Forbidden:
+        return Forbidden(action=action, needed=list(needed), roles=list(self.actor.roles))
 
 
 class _Claims(Struct):
@@ -131,7 +138,7 @@ def development_verifier(keys_dir: Path) -> Verify:
             roles=tuple(known.roles),
             assurance="authenticated",
         )
-        return Caller(known.project, actor), known.exp
+        return Caller(known.project, actor, not READERS.isdisjoint(known.roles)), known.exp
 
     return verify
 

@@ -19,7 +19,6 @@ from litestar.types import Receive, Scope, Send
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from api import resources
-from api.auth import READERS
 from api.headers import CommandHeaders, agree, apply, headers_said
 from api.http import (
     BATCH_BODY_BYTES_MAX,
@@ -32,7 +31,7 @@ from api.http import (
 )
 from api.idempotency import Asked
 from api.problems import problem
-from api.reading import reading
+from api.reading import Fresh, head, reading
 from ledger import errors
 from ledger.batch import RULES
 from ledger.commands import COMMANDS, Command, Receipt, explain, read_command
@@ -186,10 +185,10 @@ async def answer(call: Call, receipt: Receipt) -> Answer:
     if receipt.refusal is not None:
         shown = refuse(receipt.refusal, remembered=True)
     else:
-        call.caller.require(*READERS, action="Reading the answer")
+        call.caller.require_reader("Reading the answer")
         state = receipt.state
-        shown = Answer(receipt.status, await resources.encode(call.api.vault, call.caller.project_id, state))
-        shown.headers = [(b"etag", resources.etag(state))]
+        body = await resources.encode(call.api.vault, call.caller.project_id, state)
+        shown = Answer(receipt.status, body, [(b"etag", resources.etag(state))])
         if receipt.status == 201:
             shown.headers.append((b"location", resources.location(state)))
     position = receipt.positions[-1] if receipt.event_count else receipt.seen_position
@@ -325,13 +324,21 @@ async def submit_commands(scope: Scope, receive: Receive, send: Send) -> None:
     await answer(scope, receive, send)
 
 
-class CommandQuery(Struct, forbid_unknown_fields=True):
+class CommandQuery(Fresh, kw_only=True, forbid_unknown_fields=True):
+    """Whose command it was."""
+
     principal: (
         Annotated[Line, Meta(description="Whose command, as `issuer#sub`; for auditors and operators.")] | UnsetType
     ) = UNSET
 
 
-@reading("/commands/{command_id:str}", tag="commands", query=CommandQuery, answers={200: CommandAnswer})
+@reading(
+    "/commands/{command_id:str}",
+    tag="commands",
+    query=CommandQuery,
+    answers={200: CommandAnswer},
+    sends=("Ledger-Position",),
+)
 async def get_command(call: Call, query: CommandQuery) -> Answer:
     """What became of a command of yours."""
     own = call.caller.actor.principal
@@ -339,6 +346,7 @@ async def get_command(call: Call, query: CommandQuery) -> Answer:
     if principal != own:
         call.caller.require("auditor", "operator", action="Reading what others commanded")
     command_id = call.scope["path_params"]["command_id"]
+    at = await head(call, query, "audit")
     receipt = await call.api.committer.receipt(call.caller.project_id, principal, command_id)
     if receipt is None:
         raise NotFound(what="command", id=command_id[:255])
@@ -350,7 +358,7 @@ async def get_command(call: Call, query: CommandQuery) -> Answer:
         positions=list(receipt.positions),
         body=msgspec.Raw(shown.body),
     )
-    return Answer(200, encode(became))
+    return Answer(200, encode(became), [(b"ledger-position", b"%d" % at.head)])
 
 
 ROUTES = [submit_commands, get_command]

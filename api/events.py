@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from api.http import JSON, Answer, Call
-from api.reading import Fresh, Listing, fresh, given, or_none, reading, seen
+from api.reading import Fresh, Listing, fresh, given, head, or_none, reading, seen
 from api.resources import SEALED
 from ledger import store
 from ledger.commands import Moment
@@ -23,7 +23,7 @@ from ledger.errors import NotFound
 from ledger.events import Actor, Count, Line, Ref, Stamp, canonical, whole
 from ledger.store import Stored
 from ledger.vault import Place
-from projections import Freshness, audit, caught_up
+from projections import audit
 
 LIMIT_MAX = 1000
 PAGE_BYTES_MAX = 16 * 1024 * 1024
@@ -245,22 +245,15 @@ async def list_events(call: Call, query: Found) -> Answer:
     if wanted != audit.Filter():
         at = await fresh(call, "audit", query)
         return await show(call, await find(call, query, wanted), seen(at))
-    at = await head(call, query)
+    at = await head(call, query, "audit")
     return await show(call, stretch(query, at.head), [(b"ledger-position", b"%d" % at.head)])
-
-
-async def head(call: Call, query: Fresh) -> Freshness:
-    """The head of the ledger, `min_position` at least."""
-    assert call.ledger_id is not None
-    at = await caught_up(call.api.pool, "audit", call.ledger_id, timeout_seconds=0)
-    return at if at.head >= (or_none(query.min_position) or 0) else await fresh(call, "audit", query)
 
 
 @reading("/events/{position:str}", tag="events", answers={200: ShownEvent}, sends=("Ledger-Position",), query=Fresh)
 async def get_event(call: Call, query: Fresh) -> Answer:
     """One event, by its position."""
     named = call.scope["path_params"]["position"]
-    at = await head(call, query)
+    at = await head(call, query, "audit")
     position = int(named) if named.isascii() and named.isdigit() and len(named) < 20 else 0
     if not 1 <= position <= at.head:
         raise NotFound(what="event", id=named[:100])

@@ -14,7 +14,6 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from api import resources
-from api.auth import READERS
 from api.http import READ, Answer, Call, Operation, convert, encode
 from api.resources import Resource
 from ledger import errors
@@ -103,7 +102,7 @@ def reading(
         async def work(call: Call) -> Answer:
             call.read_headers()
             call.authenticate()
-            call.caller.require(*READERS, action="Reading")
+            call.caller.require_reader("Reading")
             parameters = read_query(call.scope["query_string"], query)
             if await call.find_ledger() is not None:
                 return await function(call, parameters)
@@ -179,6 +178,19 @@ def seen(freshness: Freshness) -> list[tuple[bytes, bytes]]:
     return headers
 
 
+async def head(call: Call, query: Fresh, view: str) -> Freshness:
+    """Where the ledger stands, `min_position` at least, for what is read from the ledger and not from a view."""
+    at = await _look(call, view)
+    if query.min_position is UNSET or at.head >= query.min_position:
+        return at
+    return await fresh(call, view, query)
+
+
+async def _look(call: Call, view: str) -> Freshness:
+    assert call.ledger_id is not None
+    return await caught_up(call.api.pool, view, call.ledger_id, timeout_seconds=0)
+
+
 # One thing
 
 Load = Callable[[Connection, Freshness], Awaitable[Resource | None]]
@@ -189,7 +201,7 @@ async def single(call: Call, query: Single, view: str, missing: NotFound, load: 
     loop = asyncio.get_running_loop()
     until = loop.time() + query.wait_seconds
     known = call.headers.get(b"if-none-match")
-    at = await _head(call, query, view)
+    at = await head(call, query, view)
     while True:
         async with call.connection() as connection:
             state = await load(connection, at)
@@ -206,19 +218,6 @@ async def single(call: Call, query: Single, view: str, missing: NotFound, load: 
             # All who wait look at the same ticks, so that one query serves them all.
             await asyncio.sleep(LOOK_SECONDS - loop.time() % LOOK_SECONDS)
             at = await _look(call, view)
-
-
-async def _head(call: Call, query: Fresh, view: str) -> Freshness:
-    """The head of the ledger, `min_position` at least: a single thing is read there, wherever its view is."""
-    at = await _look(call, view)
-    if query.min_position is UNSET or at.head >= query.min_position:
-        return at
-    return await fresh(call, view, query)
-
-
-async def _look(call: Call, view: str) -> Freshness:
-    assert call.ledger_id is not None
-    return await caught_up(call.api.pool, view, call.ledger_id, timeout_seconds=0)
 
 
 def _matches(known: bytes, etag: bytes) -> bool:

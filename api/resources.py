@@ -18,7 +18,7 @@ from ledger.vault import Place, Vault
 Resource: TypeAlias = Session | RecordedFact
 
 SEALED = b'"$sealed"'
-ADDRESS: dict[type[Any], str] = {Session: "/sessions", RecordedFact: "/records"}
+ADDRESS: dict[type[Any], bytes] = {Session: b"/sessions", RecordedFact: b"/records"}
 
 _encode = msgspec.json.Encoder().encode
 
@@ -38,7 +38,7 @@ def identity(state: Resource) -> UUID:
 
 
 def location(state: Resource) -> bytes:
-    return f"{ADDRESS[type(state)]}/{identity(state)}".encode()
+    return b"%b/%b" % (ADDRESS[type(state)], str(identity(state)).encode())
 
 
 def etag(state: Resource) -> bytes:

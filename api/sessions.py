@@ -92,6 +92,11 @@ async def load(connection: Connection, ledger_id: UUID, session_id: UUID, at: Fr
     """The session as of `at`: from the view if it is there already, else from its stream."""
     if not at.behind:
         return await sessions.get(connection, ledger_id, session_id)
+    return await replay(connection, ledger_id, session_id)
+
+
+async def replay(connection: Connection, ledger_id: UUID, session_id: UUID) -> Session | None:
+    """The session as its own events make it."""
     state = fold(await store.read_streams(connection, ledger_id, [session_id]))
     return state if isinstance(state, Session) else None
 
@@ -125,7 +130,8 @@ async def get_session_events(call: Call, query: Listed) -> Answer:
     assert call.ledger_id is not None
     at = await fresh(call, "audit", query)
     async with call.connection() as connection:
-        if await load(connection, call.ledger_id, session_id, Freshness(0, 1, is_parked=False)) is None:
+        known = await sessions.get(connection, call.ledger_id, session_id)
+        if known is None and await replay(connection, call.ledger_id, session_id) is None:
             raise NotFound(what="session", id=session_id)
     return await show(call, await find(call, query, audit.Filter(session=session_id)), seen(at))
 

@@ -55,7 +55,7 @@ def test_a_development_token_says_who_and_for_which_project(keys: Path, tokens: 
 
 def test_a_token_without_a_kind_is_an_agents_and_without_roles_has_none(keys: Path, tokens: Tokens) -> None:
     caller = tokens.caller(bearer(signed(keys, CLAIMS)))
-    assert (caller.actor.kind, caller.actor.roles, caller.may_read()) == ("agent", (), False)
+    assert (caller.actor.kind, caller.actor.roles, caller.may_read) == ("agent", (), False)
 
 
 def test_the_key_is_made_once_and_is_nobodys_but_ours(keys: Path) -> None:

@@ -1,6 +1,7 @@
 """Bad input of every kind, over real connections to a real server: each gets its documented error, and nothing
 it sends keeps the next request from its answer."""
 
+import asyncio
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -381,3 +382,17 @@ def test_what_is_no_http_harms_nobody(server: Server, sent: bytes) -> None:
     assert reply.status == 0 or 400 <= reply.status < 500
     with server.client() as client:
         assert client.get("/status").status_code == 200
+
+
+async def test_a_body_that_does_not_arrive_in_time_is_not_waited_for(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.http.BODY_SECONDS_MAX", 0.05)
+
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    late = await client.post("/sessions", content=drip(), headers={"Content-Type": "application/json"})
+    assert (late.status_code, problem_of(late)["code"]) == (400, "malformed_request")
