@@ -6,6 +6,7 @@ changes nothing. Nothing waits for it to be right; a command applies due expiry 
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import psycopg
 from psycopg_pool import PoolTimeout
@@ -13,7 +14,6 @@ from psycopg_pool import PoolTimeout
 from ledger.batch import expiry_command_id
 from ledger.commands import ExpireSession
 from ledger.committer import Committer
-from ledger.errors import MunimentError
 from ledger.events import SYSTEM
 from ledger.postgres import Pool
 from projections import sessions
@@ -22,29 +22,39 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 1.0
 SWEEP_SESSIONS_MAX = 500
+MORE_SECONDS = 0.1
+"""Between two sweeps where one was not enough: meanwhile the view learns what was done."""
 
 
 async def sweep_for_ever(pool: Pool, committer: Committer) -> None:
     """Every second expire what is due. Without a database, wait for one. Ends when cancelled."""
+    failing: dict[str, str] = {}
     while True:
+        due: list[sessions.Due] = []
         try:
             async with pool.connection() as connection:
                 due = await sessions.due(connection, SWEEP_SESSIONS_MAX)
+            failures = await expire(committer, due)
         except (psycopg.Error, PoolTimeout) as error:
-            log.warning("What is due cannot be read: %s", error)
-            due = []
-        await expire(committer, due)
-        await asyncio.sleep(SWEEP_SECONDS)
+            failures = {"every project": f"what is due cannot be read: {error}"}
+        for project_id, why in failures.items():
+            if failing.get(project_id) != why:
+                log.warning("Sessions of %s could not be expired, and will be tried again: %s", project_id, why)
+        failing = failures
+        await asyncio.sleep(MORE_SECONDS if len(due) == SWEEP_SESSIONS_MAX and not failures else SWEEP_SECONDS)
 
 
-async def expire(committer: Committer, due: list[sessions.Due]) -> None:
-    """Have these sessions expired, all at once: each ledger commits what concerns it in a batch or few."""
+async def expire(committer: Committer, due: Sequence[sessions.Due]) -> dict[str, str]:
+    """Have these sessions expired; answers, by project, why some could not be.
+
+    All at once: what concerns one ledger is committed in few batches, and one ledger's trouble is not another's.
+    """
     answers = await asyncio.gather(*(_expire(committer, one) for one in due), return_exceptions=True)
+    failures: dict[str, str] = {}
     for one, answer in zip(due, answers, strict=True):
-        if isinstance(answer, MunimentError):
-            log.warning("The session %s of %s could not be expired: %s", one.session_id, one.project_id, answer)
-        elif isinstance(answer, BaseException):
-            raise answer
+        if isinstance(answer, Exception):
+            failures[one.project_id] = f"{type(answer).__name__}: {answer}"
+    return failures
 
 
 async def _expire(committer: Committer, due: sessions.Due) -> None:

@@ -106,15 +106,20 @@ def _session_rows(states: dict[UUID, tuple[int, Session]]) -> dict[str, Any]:
 
 
 def _label_rows(moved: list[tuple[int, Session]]) -> dict[str, Any]:
-    labelled = [(session, position, *label) for position, session in moved for label in session.labels.items()]
+    labelled = {
+        (session.session_id, _column(key), _column(value)): (session, position)
+        for position, session in moved
+        for key, value in session.labels.items()
+    }
+    sessions = [session for session, _ in labelled.values()]
     return {
-        "label_keys": texts(_column(key) for _, _, key, _ in labelled),
-        "label_values": texts(_column(value) for _, _, _, value in labelled),
-        "label_opened_ats": texts(session.opened_at for session, _, _, _ in labelled),
-        "label_positions": bigints(position for _, position, _, _ in labelled),
-        "label_session_ids": uuids(session.session_id for session, _, _, _ in labelled),
-        "label_states": texts(session.state for session, _, _, _ in labelled),
-        "label_roles": texts(_column(session.agent_role) for session, _, _, _ in labelled),
+        "label_keys": texts(key for _, key, _ in labelled),
+        "label_values": texts(value for _, _, value in labelled),
+        "label_opened_ats": texts(session.opened_at for session in sessions),
+        "label_positions": bigints(position for _, position in labelled.values()),
+        "label_session_ids": uuids(session.session_id for session in sessions),
+        "label_states": texts(session.state for session in sessions),
+        "label_roles": texts(_column(session.agent_role) for session in sessions),
     }
 
 

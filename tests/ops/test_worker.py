@@ -189,9 +189,28 @@ async def test_sweepers_in_any_number_of_processes_expire_a_session_once(
     ]
     await asyncio.sleep(0.4)  # it is the time itself that is waited for
     async with committing(pool, tmp_path) as another:
-        await asyncio.gather(*(expire(one, due) for one in (committer, another, committer, another)))
-        await expire(another, due)
+        answers = await asyncio.gather(*(expire(one, due) for one in (committer, another, committer, another)))
+        assert [*answers, await expire(another, due)] == [{}] * 5
     assert len(of_type(check_ledger(database.owner)["demo"], "SessionExpired")) == 20
+
+
+async def test_one_project_that_cannot_be_written_does_not_hold_up_the_others(
+    database: Database, pool: Pool, committer: Committer, tmp_path: Path
+) -> None:
+    soon = datetime.now(UTC) + timedelta(seconds=0.3)
+    due = []
+    for project_id in ("broken", "sound"):
+        receipt = await committer.submit(project_id, OpenSession(agent_role="x", expires_at=soon), AGENT)
+        assert receipt.target is not None
+        due.append(sessions.Due(project_id, receipt.target, receipt.state.expires_at))
+    await asyncio.sleep(0.4)  # it is the time itself that is waited for
+    (tmp_path / "keys" / "broken.key").unlink()
+    async with committing(pool, tmp_path) as another:
+        failures = await expire(another, due)
+    assert list(failures) == ["broken"]
+    history = check_ledger(database.owner)
+    assert len(of_type(history["sound"], "SessionExpired")) == 1
+    assert of_type(history["broken"], "SessionExpired") == []
 
 
 async def test_a_worker_starts_without_postgresql_and_works_when_it_is_there(

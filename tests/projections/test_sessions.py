@@ -160,6 +160,19 @@ async def test_the_longest_role_and_labels_fit(history: History, projector: Proj
     assert await found(reader, history, agent_role=longest, label=f"{longest}={longest}") == [session_id]
 
 
+async def test_labels_that_look_alike_to_the_index_are_one_to_it(
+    history: History, projector: Projector, reader: Connection
+) -> None:
+    labels = {"a\0": "x", "a\ufffd": "x", "b" * 255: "y", "b" * 255 + "c": "y"}
+    session_id = history.open(labels=labels)
+    await project_all(projector, history)
+    assert await found(reader, history, label="a\0=x") == [session_id]
+    assert await found(reader, history, label=f"{'b' * 255}=y") == [session_id]
+    session = await sessions.get(reader, history.ledger_id, session_id)
+    assert session is not None
+    assert session.labels == labels
+
+
 async def test_another_project_sees_nothing_of_it(
     history: History, new_history: NewHistory, projector: Projector, reader: Connection
 ) -> None:
