@@ -15,9 +15,9 @@ import msgspec
 from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
 
 from api.http import Operation
-from api.problems import InternalError, Problem
+from api.problems import Problem
 from ledger.commands import Command, CommandId
-from ledger.errors import MunimentError
+from ledger.errors import InternalError, MunimentError
 from ledger.events import Count
 
 Json = dict[str, Any]

@@ -14,6 +14,7 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFou
 
 from ledger.errors import (
     ERRORS,
+    InternalError,
     MalformedRequest,
     MethodNotAllowed,
     MunimentError,
@@ -32,16 +33,9 @@ _WORDS_ONLY = frozenset({"summary", "why"})
 """Params that are sentences, and stand in `detail` already."""
 
 
-class InternalError(MunimentError):
-    """Ours to mend, not the caller's. It is in the log."""
-
-    code, status, title = "internal_error", 500, "Something is broken here"
-    template = "{why}. It is in the server's log: tell its operator. A command may be sent again with the same id."
-
-
 class FieldError(msgspec.Struct):
     """One thing that is wrong. `pointer` is a JSON pointer into the body (RFC 6901; empty for the whole of
-    it), `?name` for a query parameter, or the name of a header."""
+    it), or the name of a query parameter or a header."""
 
     pointer: str
     detail: str
@@ -111,8 +105,7 @@ def as_error(raised: Exception, method: str, path: str) -> MunimentError:
 
 def page() -> bytes:
     """The page that the `type` of every problem points into."""
-    errors: list[type[MunimentError]] = [*ERRORS.values(), InternalError]
-    errors.sort(key=lambda error: (error.status, error.code))
+    errors = sorted(ERRORS.values(), key=lambda error: (error.status, error.code))
     rows = "".join(
         f'<dt id="{error.code}"><code>{error.status} {error.code}</code> {escape(error.title)}</dt>'
         f"<dd>{escape(error.template)}</dd>"

@@ -1,10 +1,11 @@
 """One batch: commands decided in order on what this process knows, and the rows that would record them.
 
 Pure computation: no I/O, and the only time is the batch's own `recorded_at`. Nothing decided here is true
-until the store has appended it, so a batch that misses is thrown away and decided again; ids are minted
-with the command, and come out the same. A command sees the effects of those before it.
+until the store has appended it, so a batch that misses is thrown away and decided again; a caller's command
+keeps its ids then. A command sees the effects of those before it.
 """
 
+import logging
 from asyncio import Future
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from ledger.commands import Command, ExpireSession, Receipt
 from ledger.errors import (
     AlreadyExists,
     Forbidden,
+    InternalError,
     MalformedRequest,
     MunimentError,
     NotFound,
@@ -35,6 +37,8 @@ from ledger.queue import closes, opened
 from ledger.reactions import REACTIONS
 from ledger.store import Append, CommandRow, EventRow, OpenItem
 from ledger.vault import Held, Place, Vault
+
+log = logging.getLogger(__name__)
 
 RULES: dict[str, tuple[ModuleType, type[Any]]] = {
     "session": (session, session.Session),
@@ -85,10 +89,11 @@ class Pending(Struct, kw_only=True, eq=False):
                 verdict = replace(verdict, replayed=True)
 
     def fail(self, error: Exception) -> None:
-        """A fault of ours: it is for the log and a 500, not for the caller to mend."""
-        for answer in self.answers:
-            if not answer.done():
-                answer.set_exception(error)
+        """What this command alone met. If it is no error of the table, it is a fault of ours."""
+        if not isinstance(error, MunimentError):
+            log.error("A command %s could not be decided or stored", type(self.command).__name__, exc_info=error)
+            error = InternalError(why="This command met an error that nobody foresaw")
+        self.resolve(error)
 
     def event_id(self, index: int) -> UUID:
         """The id of this command's event number `index`: the same each time it is decided."""
@@ -243,6 +248,9 @@ class Batch:
 
     def _effect(self, pending: Pending, facts: list[Fact]) -> Receipt:
         """Record the facts, and then, in the same commit, what follows from them, level by level."""
+        if not facts and pending.actor is SYSTEM:
+            # Too early, or too late: it leaves no trace, for the same id may be right the next time.
+            return _said(self._row(pending, 200, 0, 0), self.stream(pending.target))
         row = len(self.append.commands)
         after = self.size + len(facts)
         triggers = deque((pending, event) for event in self._record(pending, facts))
@@ -318,7 +326,9 @@ class Batch:
         command = pending.command
         stream_type = fact.stream_type
         if stream_type == "refusal":
-            stream_id, before = uuid5(self.ledger_id, f"{pending.principal}\n{pending.command_id}"), None
+            # The keyed fingerprint is in it, or a stranger could compute the id and take it first.
+            name = f"{pending.principal}\n{pending.command_id}\n{pending.fingerprint.hex()}"
+            stream_id, before = uuid5(self.ledger_id, name), None
         else:
             stream_id, before = pending.target, self.stream(pending.target)
         session_id, root_session_id = self._session_of(pending, fact)
@@ -425,19 +435,22 @@ class Batch:
         )
 
     def _receipt(self, pending: Pending, row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:
-        receipt = Receipt(
-            command_id=row.command_id,
-            type=row.type,
-            status=row.status,
-            target=row.target,
-            first_position=row.first_position,
-            event_count=row.event_count,
-            seen_position=row.seen_position,
-            state=state,
-            refusal=refusal,
-        )
-        self.receipts[pending.key] = receipt
+        receipt = self.receipts[pending.key] = _said(row, state, refusal)
         return receipt
+
+
+def _said(row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:
+    return Receipt(
+        command_id=row.command_id,
+        type=row.type,
+        status=row.status,
+        target=row.target,
+        first_position=row.first_position,
+        event_count=row.event_count,
+        seen_position=row.seen_position,
+        state=state,
+        refusal=refusal,
+    )
 
 
 def _given(value: Any) -> Any:

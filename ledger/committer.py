@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import msgspec
 import psycopg
@@ -46,7 +47,7 @@ class Committer:
         self.session_retention_days = session_retention_days
         self._create_ledgers = create_ledgers
         self._writers: dict[str, Writer] = {}
-        self._opening = asyncio.Lock()
+        self._opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._grown: set[UUID] = set()
         self._announcing: asyncio.Task[None] | None = None
 
@@ -103,7 +104,7 @@ class Committer:
         writer = self._writers.get(project_id)
         if writer is not None:
             return writer
-        async with self._opening:
+        async with self._opening.setdefault(project_id, asyncio.Lock()):
             if project_id in self._writers:
                 return self._writers[project_id]
             with store_errors():

@@ -144,7 +144,15 @@ class RateLimited(MunimentError):
     retry_after_seconds = 60
 
 
-# 503: nothing happened; try again.
+# 500: ours to mend. It is in the log, and never recorded.
+
+
+class InternalError(MunimentError):
+    code, status, title = "internal_error", 500, "Something is broken here"
+    template = "{why}. It is in the server's log: tell its operator. A command may be sent again with the same id."
+
+
+# 503: not now; the same command with the same id may be sent again, and happens once.
 
 
 class StoreUnavailable(MunimentError):

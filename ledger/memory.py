@@ -24,6 +24,7 @@ from ledger.replay import fold_all
 from ledger.store import CommandRow, Ledger, Locked, OpenItem
 
 STREAMS_MAX = 50_000
+ROOTS_MAX = 1_000
 RECENT_MAX = 32_768
 RECENT_ENTRY_BYTES_MAX = 4_096
 TAIL_EVENTS_MAX = 10_000
@@ -144,13 +145,18 @@ class Memory:
         for row in rows:
             key = (row.principal, row.command_id)
             first = row.first_position - decided.append.seen - 1
-            small = row.event_count == 0 or len(entries[first].entry) <= RECENT_ENTRY_BYTES_MAX
+            small = row.event_count == 0 or (
+                entries[first].payload is None and len(entries[first].entry) <= RECENT_ENTRY_BYTES_MAX
+            )
             self._recent[key] = Recent(row, decided.receipts[key] if small else None)
         for stream_id, state in decided.streams.items():
             self.streams.pop(stream_id, None)
             if state is not None and not isinstance(state, RecordedFact):  # a record never changes again
                 self.streams[stream_id] = state
         self.items.update(decided.items)
+        for root in decided.items:
+            if not self.items[root]:
+                del self.items[root]
         for principal, count in decided.refused.items():
             for _ in range(count):
                 self._refusals.add(self.ledger_id, principal)
@@ -161,6 +167,8 @@ class Memory:
         if len(self.streams) > STREAMS_MAX:
             for stream_id in list(islice(self.streams, STREAMS_MAX // 4)):
                 del self.streams[stream_id]
+        if len(self.items) > ROOTS_MAX:
+            self.items.clear()
         if len(self._recent) > RECENT_MAX:
             for key in list(islice(self._recent, RECENT_MAX // 4)):
                 del self._recent[key]

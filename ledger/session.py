@@ -29,6 +29,7 @@ from ledger.events import (
     SessionOpened,
     SessionTaskBound,
     Stamp,
+    canonical,
     stamp,
 )
 from ledger.queue import OPEN_ITEMS_MAX, World
@@ -119,7 +120,7 @@ def _change(session: Session, command: ChangeSession) -> list[Fact]:
     facts: list[Fact] = []
     if command.task_id is not UNSET and command.task_id != session.task_id:
         facts.append(SessionTaskBound(task_id=command.task_id))
-    if command.metadata is not UNSET and command.metadata != session.metadata:
+    if command.metadata is not UNSET and canonical(command.metadata) != canonical(session.metadata):
         facts.append(SessionMetadataChanged(metadata=command.metadata))
     if command.status is not UNSET and command.status != session.state:
         _require(session, "ChangeSession", command.status)

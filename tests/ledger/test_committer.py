@@ -4,13 +4,13 @@ import asyncio
 import random
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID, uuid4, uuid5
 
 import psycopg
 import pytest
 from uuid_utils.compat import uuid7
 
-from ledger.batch import Verdict
+from ledger.batch import Verdict, expiry_command_id
 from ledger.commands import AnnotateSession, CancelSession, ChangeSession, ExpireSession, OpenSession, Receipt, Record
 from ledger.committer import Committer
 from ledger.errors import (
@@ -21,7 +21,7 @@ from ledger.errors import (
     RateLimited,
     StoreUnavailable,
 )
-from ledger.events import SYSTEM, Actor
+from ledger.events import SYSTEM, Actor, stamp
 from tests.check import check_ledger, of_type, states
 from tests.conftest import Database
 
@@ -247,8 +247,6 @@ async def test_due_expiry_comes_before_any_verdict(committer: Committer, agent: 
 async def test_any_number_of_sweepers_expire_a_session_once(
     committer: Committer, another: Committer, agent: Actor, database: Database
 ) -> None:
-    from ledger.batch import expiry_command_id
-
     soon = datetime.now(UTC) + timedelta(milliseconds=200)
     session_id = await opened(committer, agent, expires_at=soon)
     state = (await committer.submit("demo", ChangeSession(session_id=session_id), agent)).state
@@ -262,6 +260,29 @@ async def test_any_number_of_sweepers_expire_a_session_once(
         await asyncio.sleep(0.02)
     await asyncio.gather(*(sweep(process) for process in (committer, another) * 5))
     assert len(of_type(check_ledger(database.owner)["demo"], "SessionExpired")) == 1
+
+
+async def test_an_expiry_that_came_too_early_leaves_no_trace_and_comes_again(
+    committer: Committer, another: Committer, agent: Actor, database: Database
+) -> None:
+    soon = datetime.now(UTC) + timedelta(milliseconds=700)
+    session_id = await opened(committer, agent, expires_at=soon)
+    expiry = ExpireSession(session_id=session_id, deadline=stamp(soon))
+
+    async def sweep(process: Committer) -> Receipt:
+        command = ExpireSession(session_id=session_id, deadline=expiry.deadline)
+        command.command_id = expiry_command_id(expiry)
+        return await process.submit("demo", command, SYSTEM)
+
+    early = await sweep(another)
+    assert (early.event_count, early.state.state) == (0, "pending")
+    while (late := await sweep(committer)).state.state != "expired":
+        pass
+    assert late.event_count == 1
+    assert (await sweep(another)).replayed
+    note = AnnotateSession(session_id=session_id, text="late")
+    assert (await another.submit("demo", note, agent)).status == 200
+    check_ledger(database.owner)
 
 
 async def test_cancelling_cascades_only_when_asked_and_in_one_commit(
@@ -368,6 +389,19 @@ async def test_two_processes_interleave_and_every_verdict_stands(
             after = states([r for r in history if r.position <= verdict.seen_position])
             assert after[change.session_id] == verdict.state  # type: ignore[index]
             assert verdict.event_count or change.status in {session.state} or change.task_id == session.task_id
+
+
+async def test_a_refusal_has_a_place_that_no_stranger_can_take_first(
+    committer: Committer, agent: Actor, database: Database
+) -> None:
+    session_id = await opened(committer, agent)
+    ledger = await committer.ledger("demo")
+    assert ledger is not None
+    guessed = uuid5(ledger.ledger_id, f"{agent.principal}\nmine")
+    await opened(committer, agent, session_id=guessed)
+    refused = ChangeSession(session_id=session_id, status="completed", command_id="mine")
+    assert (await committer.submit("demo", refused, agent)).status == 422
+    check_ledger(database.owner)
 
 
 async def test_concurrent_duplicates_across_processes_have_one_effect(

@@ -227,7 +227,7 @@ def test_what_changes_nothing_appends_nothing_in_any_state(state: str) -> None:
         SessionOpened(agent_role="finance", expires_at=DEADLINE, task_id="T", metadata={"a": 1}),
         *STATES[state][1:],
     )
-    for asked in (change(), change(task_id="T"), change(metadata={"a": 1.0}), change(reason="none", force=True)):
+    for asked in (change(), change(task_id="T"), change(metadata={"a": 1}), change(reason="none", force=True)):
         before = given(*history)
         assert before.when(asked).then().state == before.streams[SESSION]
 
@@ -238,6 +238,13 @@ def test_a_task_is_bound_again_and_unbound_by_null() -> None:
     assert given(bound).when(change(task_id=None)).then(SessionTaskBound(task_id=None)).state.task_id is None
     given(bound).when(change(task_id=UNSET)).then()
     given(OPENED).when(change(task_id=None)).then()
+
+
+@pytest.mark.parametrize("other", [True, 1.0])
+def test_metadata_is_the_same_only_if_its_bytes_are(other: Any) -> None:
+    history = given(SessionOpened(agent_role="finance", expires_at=DEADLINE, metadata={"a": 1}))
+    outcome = history.when(change(metadata={"a": other})).then(SessionMetadataChanged(metadata={"a": other}))
+    assert repr(outcome.state.metadata["a"]) == repr(other)
 
 
 def test_metadata_is_replaced_not_merged_and_its_place_is_remembered() -> None:
