@@ -77,6 +77,10 @@ async def open_pool(conninfo: str, connections_max: int = 8) -> AsyncGenerator[P
         await pool.close(timeout=5.0)
 
 
+TROUBLE = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError)
+"""The database's own trouble, nobody's command: lost connections, a server that only reads (SQLSTATE class 25)."""
+
+
 @contextmanager
 def store_errors() -> Iterator[None]:
     """Say a driver's error as StoreUnavailable, without its text: that may hold SQL or an address."""
@@ -84,8 +88,8 @@ def store_errors() -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise StoreUnavailable(why="No database connection was to be had within 5 s") from error
-    except psycopg.OperationalError as error:
-        raise StoreUnavailable(why="The database did not answer") from error
+    except TROUBLE as error:
+        raise StoreUnavailable(why="The database did not answer, or not as one that can be written") from error
 
 
 def queries(package: str, name: str) -> Any:

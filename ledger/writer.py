@@ -25,7 +25,7 @@ from ledger import store
 from ledger.batch import Batch, Known, NotLoaded, Pending, Verdict
 from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
 from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
-from ledger.postgres import Clock, Connection, Pool, store_errors
+from ledger.postgres import TROUBLE, Clock, Connection, Pool, store_errors
 from ledger.replay import recall
 from ledger.store import CommandRow, Ledger
 from ledger.vault import Vault
@@ -161,6 +161,10 @@ class Writer:
         absent = {p.target for p in fresh if p.command.creates and self._memory.minted_since(p.target)}
         decided, verdicts = await self._decide(None, fresh, on, absent)
         # An error that leaves no trace meets no unique index, so only a look tells that it was answered before.
+        # Nor does a stream that its caller named, that was believed absent, and that this batch does not begin.
+        named = {pending.command.target for pending in fresh} & absent
+        if named and named - {event.stream_id for event in decided.append.events}:
+            raise Overtaken
         traceless = [p for p, v in zip(fresh, verdicts, strict=True) if isinstance(v, MunimentError)]
         if await self._find([pending for pending in traceless if self._memory.surely_new(pending)]):
             raise Overtaken
@@ -204,7 +208,9 @@ class Writer:
                 return True
         except psycopg.errors.UniqueViolation:
             pass  # an id believed new was not: under the lock every id is looked up
-        except (psycopg.OperationalError, OutcomeUnknown):
+        except PoolTimeout:
+            pass  # nothing was sent
+        except (*TROUBLE, OutcomeUnknown):
             for pending in flight.fresh:
                 pending.outcome_unknown = True
         except Exception as error:  # noqa: BLE001  (the exact path meets it again, and says so)
@@ -236,7 +242,9 @@ class Writer:
         while True:
             try:
                 await self._append_locked(batch)
-            except (psycopg.OperationalError, OutcomeUnknown) as error:
+            except PoolTimeout as error:
+                raise StoreUnavailable(why="No database connection was to be had") from error
+            except (*TROUBLE, OutcomeUnknown) as error:
                 # The batch may or may not be there. Under the lock, which waits for whoever still holds
                 # the row, its command ids tell; until then nothing is repeated and nothing acknowledged.
                 for pending in batch:
@@ -244,8 +252,6 @@ class Writer:
                 if time.monotonic() > give_up_at:
                     raise StoreUnavailable(why="The database did not say whether it committed") from error
                 await asyncio.sleep(0.05)
-            except PoolTimeout as error:
-                raise StoreUnavailable(why="No database connection was to be had") from error
             else:
                 return
 

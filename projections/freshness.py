@@ -75,7 +75,8 @@ async def caught_up(
         seen = await watch.look(pool, view, ledger_id)
     if min_position is not None and seen.position < min_position:
         raise ViewBehind(view=view, position=seen.position, wanted=min_position)
-    return seen._replace(head=head)
+    # The head as it was on arrival, unless what is answered is later: a reader is never told less than it gets.
+    return seen._replace(head=max(head, seen.position))
 
 
 class _Round:
