@@ -4,6 +4,7 @@ Invariant: an error an operator can cause or mend ends in one clear message and 
 traceback. What a command does is in the module it calls; nothing but wiring may be here.
 """
 
+import asyncio
 import os
 import signal
 import sys
@@ -98,6 +99,7 @@ def _api(*, supervised: Supervised = False) -> None:
         if settings.database_url != os.environ.get("DATABASE_URL"):
             os.environ["DATABASE_URL"] = settings.database_url
             os.environ.pop("DATABASE_URL_FILE", None)
+        asyncio.run(_check(settings))
         serve(settings)
 
 
@@ -117,7 +119,14 @@ def _worker(*, supervised: Supervised = False) -> None:
     if supervised:
         end_with_supervisor()
     with running_database(_settings(), "muniment_worker") as settings:
+        asyncio.run(_check(settings))
         uvloop.run(run(settings))
+
+
+async def _check(settings: Settings) -> None:
+    from ops.migrate import check
+
+    await check(settings.database_url, settings.deployment, production=settings.mode == "production")
 
 
 def _settings() -> Settings:

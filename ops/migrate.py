@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
 from ledger.embedded import EmbeddedServer
 from ops import OperatorError
@@ -102,13 +102,52 @@ async def migrate(url: str, deployment: str | None = None, migrations: Mapping[s
     return pending
 
 
+async def check(url: str, deployment: str | None, *, production: bool) -> None:
+    """Refuse to start on a database that one must not work on; one that cannot be reached yet is no reason.
+
+    Raises `MigrationError` if it is another deployment's and, in production, if the role of `url` could change
+    what was recorded.
+    """
+    try:
+        connection = await AsyncConnection.connect(url, autocommit=True, connect_timeout=5)
+    except psycopg.OperationalError:
+        return
+    async with connection:
+        try:
+            if deployment:
+                await _agree(connection, deployment)
+            if production:
+                for table in ("events", "payloads", "commands"):
+                    await _refuses_change(connection, sql.Identifier("ledger", table))
+        except psycopg.errors.UndefinedTable:
+            return  # not migrated yet: every answer is 503 until it is
+
+
+async def _refuses_change(connection: AsyncConnection[Any], table: sql.Identifier) -> None:
+    # The triggers are of the statement, so they speak up although no row is touched.
+    for attempt in ("UPDATE {} SET ledger_id = ledger_id WHERE false", "DELETE FROM {} WHERE false"):
+        try:
+            await connection.execute(sql.SQL(attempt).format(table))
+        except psycopg.errors.InsufficientPrivilege:
+            continue
+        raise MigrationError(
+            f"This database lets {connection.info.user!r} change {table.as_string()}, and in production Muniment does "
+            f"not start on such a one: connect as muniment_api or muniment_worker, and put the triggers back"
+        )
+
+
 async def _settle_deployment(connection: AsyncConnection[Any], deployment: str | None) -> None:
     await connection.execute(
         "INSERT INTO muniment.deployment (name) VALUES (%s) ON CONFLICT DO NOTHING",
         [deployment or DEFAULT_DEPLOYMENT],
     )
+    if deployment:
+        await _agree(connection, deployment)
+
+
+async def _agree(connection: AsyncConnection[Any], deployment: str) -> None:
     row = await (await connection.execute("SELECT name FROM muniment.deployment")).fetchone()
-    if deployment and row and row[0] != deployment:
+    if row and row[0] != deployment:
         raise MigrationError(
             f"This database belongs to the deployment {row[0]!r} and MUNIMENT_DEPLOYMENT is {deployment!r}: "
             f"set it to {row[0]!r}, or use another database. The name is part of every log's origin and never changes"

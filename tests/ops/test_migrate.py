@@ -11,7 +11,7 @@ import pytest
 from psycopg import sql
 
 from ledger.embedded import EmbeddedServer
-from ops.migrate import DatabaseUnreachable, MigrationError, migrate, schema, shipped
+from ops.migrate import DatabaseUnreachable, MigrationError, check, migrate, schema, shipped
 from tests.conftest import Database
 
 ONE = {"0001_one.sql": "CREATE TABLE one (n int); INSERT INTO one VALUES (1);"}
@@ -142,3 +142,25 @@ def test_a_database_name_is_quoted_where_it_must_be(postgres: EmbeddedServer) ->
         with psycopg.connect(postgres.url(database=name)) as there:
             assert there.info.dbname == name
         connection.execute(sql.SQL("DROP DATABASE {}").format(sql.Identifier(name)))
+
+
+async def test_no_process_starts_on_another_deployments_database(database: Database) -> None:
+    await check(database.api, "localhost", production=True)
+    with pytest.raises(MigrationError, match="belongs to the deployment 'localhost'"):
+        await check(database.api, "ledger.example", production=True)
+
+
+async def test_production_refuses_a_database_that_lets_it_change_what_was_recorded(database: Database) -> None:
+    for url in (database.api, database.worker, database.owner):
+        await check(url, None, production=True)
+    with psycopg.connect(database.owner) as connection:
+        connection.execute("ALTER TABLE ledger.commands DISABLE TRIGGER append_only")
+    await check(database.api, None, production=True)
+    with pytest.raises(MigrationError, match=r'lets .* change "ledger"\."commands"'):
+        await check(database.owner, None, production=True)
+    await check(database.owner, None, production=False)
+
+
+async def test_a_database_away_or_still_empty_is_no_reason_not_to_start(empty: str) -> None:
+    await check(empty, "localhost", production=True)
+    await check("postgresql://nobody@127.0.0.1:1/none", "localhost", production=True)
