@@ -59,7 +59,7 @@ async def create(name: str, /) -> None:
 
 @project.command(name="list")
 async def list_projects() -> None:
-    """List the projects: name, ledger, number of events, time of the last one."""
+    """List the projects: name, ledger, number of events."""
     async with _database(local_settings(any_mode=True)) as pool, pool.connection() as connection:
         cursor = await connection.execute(store.SQL.list_ledgers)
         rows = await cursor.fetchall()
@@ -80,8 +80,8 @@ def token(
 ) -> None:
     """Print a development token: `Authorization: Bearer <token>`.
 
-    It works with a server in development mode (`make up`) that has the same MUNIMENT_HOME; in production
-    tokens come from your OpenID provider.
+    It works with a server in development mode (`make up`) that has the same MUNIMENT_HOME; production
+    accepts none.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def local_settings(*, any_mode: bool = False) -> Settings:
     if settings.mode != "development" and not any_mode:
         sys.exit(
             "muniment: MUNIMENT_MODE is production, where development tokens are worth nothing: "
-            "get a token from your OpenID provider"
+            "run this, and the server it is for, with MUNIMENT_MODE=development"
         )
     return settings
 
