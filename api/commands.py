@@ -31,7 +31,7 @@ from api.http import (
 )
 from api.idempotency import Asked
 from api.problems import problem
-from api.reading import Fresh, head, reading
+from api.reading import Fresh, NoParameters, head, read_query, reading
 from ledger import errors
 from ledger.batch import RULES
 from ledger.commands import COMMANDS, Command, Receipt, explain, read_command
@@ -255,6 +255,8 @@ async def _take(
     body = await call.read_body(receive, BATCH_BODY_BYTES_MAX if listed else BODY_BYTES_MAX)
     call.authenticate()
     call.require_json(body)
+    if call.scope["query_string"]:
+        read_query(call.scope["query_string"], NoParameters)
     if listed and body.lstrip(b" \t\r\n")[:1] == b"[":
         return await _many(call, body, named)
     return await _one(call, body, named, target)

@@ -162,17 +162,17 @@ class Call:
 
     async def read_body(self, receive: Receive, limit_bytes: int) -> bytes:
         """The whole body. Raises BodyTooLarge without reading on, and MalformedRequest if it does not arrive."""
-        length = self.headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > limit_bytes:
+        stated = self.headers.get(b"content-length")
+        length = -1 if stated is None else int(stated[:20]) if stated.isdigit() else limit_bytes + 1
+        if length > limit_bytes:
             raise BodyTooLarge(limit_bytes=limit_bytes)
         message: Any = await receive()
-        if message["type"] == "http.request" and not message.get("more_body"):
+        if message["type"] == "http.request":
             body: bytes = message["body"]
-        else:
-            body = await _read_on(message, receive, limit_bytes)
-        if len(body) > limit_bytes:
-            raise BodyTooLarge(limit_bytes=limit_bytes)
-        return body
+            # A server may hand over all of a body before it knows that this was its end.
+            if len(body) == length or (len(body) <= limit_bytes and not message.get("more_body")):
+                return body
+        return await _read_on(message, receive, limit_bytes)
 
     def require_json(self, body: bytes) -> None:
         """Raises UnsupportedMediaType unless the body is JSON in UTF-8, as it stands."""
@@ -234,7 +234,7 @@ def convert(sent: dict[str, str], declared: type[Q]) -> Q:
         at, detail = pointer(path).lstrip("/"), text
         if text.startswith("Object contains unknown field"):
             at = text.split("`")[1]
-            detail = f"there is no such parameter; there are {', '.join(declared.__struct_encode_fields__)}"
+            detail = f"there is no such parameter; there are {', '.join(declared.__struct_encode_fields__) or 'none'}"
         raise MalformedRequest([{"pointer": at, "detail": detail}]) from None
     for name, text in sent.items():
         # To msgspec a number in text is a time as well, in seconds; here times are RFC 3339.

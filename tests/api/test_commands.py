@@ -229,6 +229,12 @@ async def test_headers_that_cannot_be_meant_are_named(
     assert problem_of(response)["errors"][0]["pointer"] == pointer
 
 
+async def test_a_command_takes_no_query(client: httpx.AsyncClient) -> None:
+    for path in ("/sessions", "/records", "/commands"):
+        response = await client.post(f"{path}?dry_run=true", json=OPEN)
+        assert problem_of(response)["errors"][0]["pointer"] == "dry_run"
+
+
 async def test_a_header_that_must_stand_alone_is_refused_twice(client: httpx.AsyncClient) -> None:
     twice = [("Idempotency-Key", "a"), ("idempotency-key", "b"), ("Content-Type", "application/json")]
     response = await client.post("/sessions", content=b"{}", headers=twice)
