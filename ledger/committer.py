@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from uuid import UUID
-from weakref import WeakValueDictionary
 
 import msgspec
 import psycopg
@@ -47,7 +46,7 @@ class Committer:
         self.session_retention_days = session_retention_days
         self._create_ledgers = create_ledgers
         self._writers: dict[str, Writer] = {}
-        self._opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._opening: dict[tuple[str, bool], asyncio.Task[Writer]] = {}
         self._grown: set[UUID] = set()
         self._announcing: asyncio.Task[None] | None = None
 
@@ -104,30 +103,35 @@ class Committer:
         writer = self._writers.get(project_id)
         if writer is not None:
             return writer
-        async with self._opening.setdefault(project_id, asyncio.Lock()):
-            if project_id in self._writers:
-                return self._writers[project_id]
-            with store_errors():
-                async with self.pool.connection() as connection:
-                    ledger = await store.find_ledger(connection, project_id)
-                    if ledger is None and create and self._create_ledgers:
-                        ledger = await store.create_ledger(connection, project_id)
-            if ledger is None or ledger.is_foreign:
-                raise UnknownProject(project=project_id)
-            with _key_errors():
-                await self.vault.open(project_id)
-            writer = Writer(
-                project_id,
-                ledger,
-                pool=self.pool,
-                vault=self.vault,
-                clock=self.clock,
-                refusals=self.refusals,
-                session_retention_days=self.session_retention_days,
-                announce=self.announce,
-            )
-            self._writers[project_id] = writer
-            return writer
+        # All who ask meanwhile share one attempt: with the database away they wait at once, not in turn.
+        key = (project_id, create)
+        opening = self._opening.get(key)
+        if opening is None:
+            opening = self._opening[key] = asyncio.create_task(self._open(project_id, create))
+            opening.add_done_callback(lambda _: self._opening.pop(key))
+        return await asyncio.shield(opening)
+
+    async def _open(self, project_id: str, create: bool) -> Writer:
+        with store_errors():
+            async with self.pool.connection() as connection:
+                ledger = await store.find_ledger(connection, project_id)
+                if ledger is None and create and self._create_ledgers:
+                    ledger = await store.create_ledger(connection, project_id)
+        if ledger is None or ledger.is_foreign:
+            raise UnknownProject(project=project_id)
+        with _key_errors():
+            await self.vault.open(project_id)
+        writer = Writer(
+            project_id,
+            ledger,
+            pool=self.pool,
+            vault=self.vault,
+            clock=self.clock,
+            refusals=self.refusals,
+            session_retention_days=self.session_retention_days,
+            announce=self.announce,
+        )
+        return self._writers.setdefault(project_id, writer)
 
     async def _pending(self, project_id: str, command: Command, actor: Actor, traceparent: str | None) -> Pending:
         command_id = command.command_id if command.command_id is not UNSET else str(uuid7())
