@@ -36,10 +36,12 @@ RETRY_SECONDS = 1.0
 RETRY_PARKED_SECONDS = 60.0
 TIDY_SECONDS = 0.5
 
-REST_SECONDS_MIN = 0.004
+REST_SECONDS_MIN = 0.002
 REST_SECONDS_MAX = 0.05
-"""After a batch a ledger rests for as long as that took, within these bounds. What a batch costs besides its events
-is then paid less often, and half of a core stays with those who wait for answers."""
+BUSY_EVENTS = 20
+"""After a small batch a ledger rests for a moment, so that what was committed shows at once. After one of more than
+BUSY_EVENTS it rests for as long as that took: what a batch costs besides its events is then paid less often, and half
+of a core stays with those who wait for answers."""
 
 TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycopg.ProgrammingError)
 """The database's trouble, not an event's: it is tried again, and nothing is parked."""
@@ -192,7 +194,8 @@ class Projector:
             if events >= BATCH_EVENTS_MAX:
                 self._waiting.put_nowait(ledger_id)
             elif events or self._busy[ledger_id]:
-                rest = min(max(loop.time() - began, REST_SECONDS_MIN), REST_SECONDS_MAX)
+                took = loop.time() - began
+                rest = REST_SECONDS_MIN if events <= BUSY_EVENTS else min(max(took, REST_SECONDS_MIN), REST_SECONDS_MAX)
                 loop.call_later(rest, self._waiting.put_nowait, ledger_id)
             else:
                 del self._busy[ledger_id]

@@ -65,7 +65,7 @@ async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recor
     """
     events = [recorded for recorded in batch if recorded.event.stream_type == "session"]
     opened = {event.stream_id: position for position, event in events if isinstance(event.data, SessionOpened)}
-    unknown = {event.stream_id for _, event in events} - opened.keys() - memory.keys()
+    unknown = {key for _, event in events if (key := event.stream_id) not in opened and key not in memory}
     states = await _load(connection, ledger_id, unknown) if unknown else {}
     for position, event in events:
         earlier = states.get(event.stream_id) or memory.get(event.stream_id)
