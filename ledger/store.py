@@ -18,8 +18,6 @@ from ledger.postgres import Connection, bigints, byteas, queries, smallints, tex
 
 SQL = queries("ledger", "store")
 
-_BIGINT_MAX = 2**63 - 1
-
 
 class Ledger(NamedTuple):
     """A project's ledger and where it stands."""
@@ -131,18 +129,21 @@ async def lock(
     """Lock the ledger until the transaction ends: nobody else appends; and tell what one must know then.
 
     That is where it stands, the streams that changed after position `seen` (looking at `changed_max` events;
-    none if `seen` is negative), and which of the commands `keys` were answered. One round trip: each statement
-    sees what was committed before it, so those after the lock see everything.
+    none if `seen` is negative), and which of the commands `keys` were answered. Each statement sees what was
+    committed before it, so those after the lock see everything.
+
+    No pipeline: psycopg ends one with a Flush, after which the server counts no idle time, and a process that
+    was stopped there would hold the ledger for ever. Nor would it be quicker.
     """
-    after = seen if seen >= 0 else _BIGINT_MAX
-    async with connection.pipeline():
-        locked = await connection.execute(SQL.lock, {"ledger_id": ledger_id}, prepare=True)
-        values = {"ledger_id": ledger_id, "after": after, "limit": changed_max}
-        changed = await connection.execute(SQL.changed_streams, values, prepare=True, binary=True)
-        commands = await _find_commands(connection, ledger_id, keys)
-    row = await locked.fetchone()
+    row = await (await connection.execute(SQL.lock, {"ledger_id": ledger_id}, prepare=True)).fetchone()
     assert row is not None
-    return Locked(Head(*row), [stream for (stream,) in await changed.fetchall()], _by_key(await commands.fetchall()))
+    head = Head(*row)
+    changed: list[UUID] = []
+    if 0 <= seen < head.size:
+        values = {"ledger_id": ledger_id, "after": seen, "limit": changed_max}
+        cursor = await connection.execute(SQL.changed_streams, values, prepare=True, binary=True)
+        changed = [stream for (stream,) in await cursor.fetchall()]
+    return Locked(head, changed, await find_commands(connection, ledger_id, keys))
 
 
 async def append(connection: Connection, batch: Append) -> bool:
@@ -238,17 +239,13 @@ async def find_commands(
     connection: Connection, ledger_id: UUID, keys: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], CommandRow]:
     """The commands of these (principal, command id) that were answered before."""
-    return _by_key(await (await _find_commands(connection, ledger_id, keys)).fetchall()) if keys else {}
-
-
-async def _find_commands(connection: Connection, ledger_id: UUID, keys: Sequence[tuple[str, str]]) -> Any:
+    if not keys:
+        return {}
     principals, command_ids = zip(*keys, strict=True)
     values = {"ledger_id": ledger_id, "principals": texts(principals), "command_ids": texts(command_ids)}
-    return await connection.execute(SQL.find_commands, values, prepare=True, binary=True)
-
-
-def _by_key(rows: Iterable[tuple[Any, ...]]) -> dict[tuple[str, str], CommandRow]:
-    return {(row.principal, row.command_id): row for row in (CommandRow(*values) for values in rows)}
+    cursor = await connection.execute(SQL.find_commands, values, prepare=True, binary=True)
+    rows = [CommandRow(*row) for row in await cursor.fetchall()]
+    return {(row.principal, row.command_id): row for row in rows}
 
 
 async def read_open_items(connection: Connection, ledger_id: UUID, roots: Iterable[UUID]) -> list[OpenItem]:

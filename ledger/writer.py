@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from uuid import UUID
 
 import psycopg
@@ -261,13 +261,9 @@ class Writer:
             connection.standby_missed = False
             if self._clock.stale:
                 await self._clock.measure(connection)
-            async with AsyncExitStack() as transaction:
-                # One round trip, and not one pipeline to the end: a server that waits for more of a pipeline
-                # counts no idle time, and if we were stopped here it would hold the lock for us for ever.
-                async with connection.pipeline():
-                    await transaction.enter_async_context(connection.transaction())
-                    keys = [pending.key for pending in batch]
-                    locked = await store.lock(connection, self.ledger_id, self._memory.size, TAIL_EVENTS_MAX, keys)
+            async with connection.transaction():
+                keys = [pending.key for pending in batch]
+                locked = await store.lock(connection, self.ledger_id, self._memory.size, TAIL_EVENTS_MAX, keys)
                 alone = self._memory.catch_up(locked, self._clock.now().timestamp())
                 self._alone_batches = self._alone_batches + 1 if alone else 0
                 fresh = [pending for pending in batch if pending.key not in locked.commands]

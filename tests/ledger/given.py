@@ -50,9 +50,9 @@ class Given:
     """A ledger of these facts, as a batch knows it."""
 
     project_id = "demo"
-    ledger_id = LEDGER
 
     def __init__(self, *history: Fact | On, now: str = NOW) -> None:
+        self.ledger_id = LEDGER
         self.size = 0
         self.recorded_at = moment(now)
         self.streams: dict[UUID, Any] = {}
@@ -83,12 +83,19 @@ class Given:
             session_id=stream_id if fact.stream_type == "session" else None,
             root_session_id=getattr(parent, "root_session_id", stream_id) if fact.stream_type == "session" else None,
         )
+        self.take(event)
+
+    def take(self, event: Event[Any]) -> None:
+        """This happened next."""
         self.size += 1
-        self.streams[stream_id] = RULES[fact.stream_type][0].evolve(before, event)
+        if event.stream_type not in RULES:
+            return
+        state = RULES[event.stream_type][0].evolve(self.streams.get(event.stream_id), event)
+        self.streams[event.stream_id] = state
         if item := opened(event):
             self.items.setdefault(item.root_session_id, {})[item.item_id] = item
         elif closes(event):
-            self.items.get(self.streams[stream_id].root_session_id, {}).pop(stream_id, None)
+            self.items.get(state.root_session_id, {}).pop(event.stream_id, None)
 
     # What a batch asks of it
 
@@ -106,17 +113,21 @@ class Given:
 
     # And then
 
-    def when(self, command: Command, by: Actor = AGENT, *, expected_version: int | None = None) -> "Outcome":
-        """Have it decided. Ids in the command are taken out of it, as the committer does."""
+    def when(
+        self, command: Command, by: Actor = AGENT, *, expected_version: int | None = None, target: UUID | None = None
+    ) -> "Outcome":
+        """Have it decided. Its id is taken out of it, as the committer does; `target` is what it would mint."""
         batch = self.batch()
-        return Outcome(batch, batch.decide(pending_of(command, by, expected_version)))
+        return Outcome(batch, batch.decide(pending_of(command, by, expected_version, target)))
 
     def batch(self, seconds_later: float = 0) -> Batch:
         """An empty batch on this history."""
         return Batch(self, self.recorded_at + timedelta(seconds=seconds_later), VAULT, session_retention_days=7)
 
 
-def pending_of(command: Command, by: Actor = AGENT, expected_version: int | None = None) -> Pending:
+def pending_of(
+    command: Command, by: Actor = AGENT, expected_version: int | None = None, target: UUID | None = None
+) -> Pending:
     command_id = "asked" if command.command_id is UNSET else command.command_id
     command.command_id = UNSET
     return Pending(
@@ -124,7 +135,7 @@ def pending_of(command: Command, by: Actor = AGENT, expected_version: int | None
         actor=by,
         principal=by.principal,
         command_id=command_id,
-        target=command.target or uuid7(),
+        target=command.target or target or uuid7(),
         canonical=canonical(command),
         fingerprint=b"",
         expected_version=expected_version,
