@@ -34,7 +34,7 @@ from api.problems import problem
 from api.reading import Fresh, NoParameters, head, read_query, reading
 from ledger import errors
 from ledger.batch import RULES
-from ledger.commands import COMMANDS, Command, Receipt, explain, read_command
+from ledger.commands import COMMANDS, Command, CommandId, Receipt, explain, read_command
 from ledger.errors import MalformedRequest, MethodNotAllowed, MunimentError, NotFound
 from ledger.events import Line, canonical
 from ledger.record import RecordedFact
@@ -349,9 +349,13 @@ async def get_command(call: Call, query: CommandQuery) -> Answer:
         call.caller.require("auditor", "operator", action="Reading what others commanded")
     command_id = call.scope["path_params"]["command_id"]
     at = await head(call, query, "audit")
+    try:
+        command_id = msgspec.convert(command_id, CommandId)
+    except msgspec.ValidationError:
+        raise NotFound(what="command", id=command_id[:255]) from None  # no command can have it
     receipt = await call.api.committer.receipt(call.caller.project_id, principal, command_id)
     if receipt is None:
-        raise NotFound(what="command", id=command_id[:255])
+        raise NotFound(what="command", id=command_id)
     shown = await answer(call, receipt)
     became = CommandAnswer(
         command_id=receipt.command_id,

@@ -50,7 +50,7 @@ class CommandHeaders(
 
 
 _HEADERS = tuple((name.lower().encode(), name) for name in CommandHeaders.__struct_encode_fields__)
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,200})?")
 
 
 def headers_said(headers: Headers) -> CommandHeaders | None:

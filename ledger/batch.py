@@ -58,7 +58,10 @@ Verdict = Receipt | MunimentError
 
 
 class Pending(Struct, kw_only=True, eq=False):
-    """A command on its way: what was asked, by whom, under which id, and who waits for the answer."""
+    """A command on its way: what was asked, by whom, under which id, and where the answer goes.
+
+    `rivals` came under the same id while it was: what becomes of them depends on what becomes of this one.
+    """
 
     command: Command
     actor: Actor
@@ -71,29 +74,26 @@ class Pending(Struct, kw_only=True, eq=False):
     traceparent: str | None = None
     causation_id: UUID | None = None
     correlation_id: str | None = None
-    answers: list[Future[Verdict]] = field(default_factory=list)
+    answer: Future[Verdict] | None = None
+    rivals: list["Pending"] = field(default_factory=list)
     minted: list[UUID] = field(default_factory=list)
     data_keys: Held | None = None
     outcome_unknown: bool = False
+    key: tuple[str, str] = ("", "")
 
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.principal, self.command_id
+    def __post_init__(self) -> None:
+        self.key = (self.principal, self.command_id)
 
     def resolve(self, verdict: Verdict) -> None:
-        """Answer all who wait: the first, and the duplicates that latched onto it."""
-        for answer in self.answers:
-            if not answer.done():
-                answer.set_result(verdict)
-            if isinstance(verdict, Receipt) and not verdict.replayed:
-                verdict = replace(verdict, replayed=True)
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result(verdict)
 
-    def fail(self, error: Exception) -> None:
+    def fault(self, error: Exception) -> MunimentError:
         """What this command alone met. If it is no error of the table, it is a fault of ours."""
-        if not isinstance(error, MunimentError):
-            log.error("A command %s could not be decided or stored", type(self.command).__name__, exc_info=error)
-            error = InternalError(why="This command met an error that nobody foresaw")
-        self.resolve(error)
+        if isinstance(error, MunimentError):
+            return error
+        log.error("A command %s could not be decided or stored", type(self.command).__name__, exc_info=error)
+        return InternalError(why="This command met an error that nobody foresaw")
 
     def event_id(self, index: int) -> UUID:
         """The id of this command's event number `index`: the same each time it is decided."""
@@ -107,6 +107,9 @@ class NotLoaded(Exception):
 
     def __init__(self, *, stream: UUID | None = None, root: UUID | None = None) -> None:
         self.stream, self.root = stream, root
+
+
+_UNREAD = object()
 
 
 class Known(Protocol):
@@ -183,10 +186,8 @@ class Batch:
         return stream_id in self.streams or self._known.knows(stream_id)
 
     def stream(self, stream_id: UUID) -> Any:
-        try:
-            return self.streams[stream_id]
-        except KeyError:
-            return self._known.stream(stream_id)
+        state = self.streams.get(stream_id, _UNREAD)
+        return self._known.stream(stream_id) if state is _UNREAD else state
 
     def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
         items = self.items.get(root_session_id)
@@ -422,17 +423,9 @@ class Batch:
         return self.items.setdefault(root_session_id, dict(self.open_items(root_session_id)))
 
     def _row(self, pending: Pending, status: int, first: int, count: int) -> CommandRow:
-        return CommandRow(
-            principal=pending.principal,
-            command_id=pending.command_id,
-            fingerprint=pending.fingerprint,
-            type=type(pending.command).__name__,
-            target=pending.target,
-            status=status,
-            first_position=first if count else 0,
-            event_count=count,
-            seen_position=self.size,
-        )
+        kind = type(pending.command).__name__
+        key, mark, target = pending.key, pending.fingerprint, pending.target
+        return CommandRow(*key, mark, kind, target, status, first if count else 0, count, self.size)
 
     def _receipt(self, pending: Pending, row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:
         receipt = self.receipts[pending.key] = _said(row, state, refusal)

@@ -23,6 +23,7 @@ from psycopg_pool import PoolTimeout
 
 from ledger import store
 from ledger.batch import Batch, Known, NotLoaded, Pending, Verdict
+from ledger.commands import Receipt
 from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
 from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
 from ledger.postgres import TROUBLE, Clock, Connection, Pool, store_errors
@@ -86,24 +87,24 @@ class Writer:
     # Taking commands in
 
     def submit(self, pending: Pending) -> Verdict | asyncio.Future[Verdict]:
-        """Queue a command; what became of it comes by itself. A duplicate latches onto the first."""
+        """Queue a command; what became of it comes by itself. One under the id of a waiting one waits for that."""
         first = self._waiting.get(pending.key)
         if first is None and (known := self._memory.answered(pending)) is not None:
             return known
-        if first is not None and first.fingerprint != pending.fingerprint:
-            return IdempotencyKeyReused(command_id=pending.command_id)
-        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        if first is not None:
-            first.answers.append(answer)
-            return answer
         if len(self._queue) >= QUEUE_COMMANDS_MAX:
             return StoreUnavailable(why="Too many commands are waiting already")
-        pending.answers.append(answer)
+        pending.answer = asyncio.get_running_loop().create_future()
+        if first is None:
+            self._enqueue(pending)
+        else:
+            first.rivals.append(pending)
+        return pending.answer
+
+    def _enqueue(self, pending: Pending) -> None:
         self._waiting[pending.key] = pending
         self._queue.append(pending)
         if self._job is None:
             self._job = asyncio.create_task(self._run())
-        return answer
 
     async def drained(self) -> None:
         """Return when nothing is on its way."""
@@ -228,8 +229,7 @@ class Writer:
             self._resolve((pending, error) for pending in batch)
         except Exception as error:
             if len(batch) == 1:
-                self._waiting.pop(batch[0].key, None)
-                batch[0].fail(error)
+                self._resolve([(batch[0], batch[0].fault(error))])
                 return
             # One command that cannot be decided or stored must not take its neighbours with it.
             log.exception("A batch of %d commands failed; trying them one by one", len(batch))
@@ -333,6 +333,24 @@ class Writer:
         for pending, verdict in verdicts:
             self._waiting.pop(pending.key, None)
             pending.resolve(verdict)
+            if pending.rivals:
+                self._resolve_rivals(pending, verdict)
+
+    def _resolve_rivals(self, pending: Pending, verdict: Verdict) -> None:
+        """What is recorded is the answer to them all, or to none of another content. What left no trace is
+        no answer to anyone else: the next one is decided."""
+        rivals, pending.rivals = pending.rivals, []
+        for place, rival in enumerate(rivals):
+            if isinstance(verdict, Receipt) and rival.fingerprint == pending.fingerprint:
+                rival.resolve(replace(verdict, replayed=True))
+            elif isinstance(verdict, Receipt):
+                rival.resolve(IdempotencyKeyReused(command_id=rival.command_id))
+            elif verdict.status >= 429:
+                rival.resolve(verdict)
+            else:
+                rival.rivals = rivals[place + 1 :]
+                self._enqueue(rival)
+                return
 
     def _answer_again(self, batch: list[Pending], rows: dict[Key, CommandRow]) -> None:
         """Answer commands that were recorded before; apart, so that no batch waits for it."""
@@ -354,9 +372,7 @@ class Writer:
             return
         except Exception as error:
             log.exception("%d commands could not be answered again", len(batch))
-            for pending in batch:
-                self._waiting.pop(pending.key, None)
-                pending.fail(error)
+            self._resolve((pending, pending.fault(error)) for pending in batch)
             return
         for pending, receipt in zip(batch, receipts, strict=True):
             # A commit of ours whose outcome was not said: this is its first answer.

@@ -135,6 +135,22 @@ async def test_what_is_not_there_leaves_no_trace_and_frees_the_id(
     check_ledger(database.owner)
 
 
+async def test_what_waits_under_the_id_of_one_that_left_no_trace_is_decided_itself(
+    committer: Committer, agent: Actor, database: Database
+) -> None:
+    session_id = await opened(committer, agent)
+    nowhere = AnnotateSession(session_id=uuid7(), text="x", command_id="one")
+    other = Record(kind="note", command_id="one")
+    stale = AnnotateSession(session_id=session_id, text="y", command_id="two", expected_version=9)
+    right = AnnotateSession(session_id=session_id, text="y", command_id="two", expected_version=1)
+    again = AnnotateSession(session_id=session_id, text="y", command_id="two")
+    different = AnnotateSession(session_id=session_id, text="z", command_id="two")
+    answers = await committer.submit_all("demo", [nowhere, other, stale, right, again, different], agent)
+    assert [a.status for a in answers] == [404, 201, 412, 200, 200, 422]
+    assert [isinstance(a, Receipt) and a.replayed for a in answers] == [False, False, False, False, True, False]
+    check_ledger(database.owner)
+
+
 async def test_a_stale_expected_version_is_a_failed_precondition(
     committer: Committer, agent: Actor, database: Database
 ) -> None:
