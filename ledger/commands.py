@@ -235,6 +235,8 @@ def read_command(body: bytes | msgspec.Raw, kind: type[Command] | None = None) -
         check_numbers(msgspec.json.decode(encoded))
     if _marked.search(encoded):
         check(msgspec.json.decode(encoded), "")
+        if "$personal" in (getattr(command, "metadata", UNSET) or ()):
+            _refuse("/metadata", "it is an object; `$personal` values stand inside it, not in its place")
     if len(encoded) > METADATA_BYTES_MAX:
         _check_sizes(command)
     return command

@@ -268,12 +268,18 @@ async def test_what_a_command_belongs_to_comes_from_headers_too(client: httpx.As
     headers = {b"Correlation-Id": "run é".encode(), b"Causation-Id": str(cause).encode()}
     headers[b"traceparent"] = traceparent.encode()
     await client.post("/sessions", json=OPEN, headers=headers)
-    await client.post("/sessions", json=OPEN, headers={"traceparent": "00-nonsense"})
+    await client.post("/sessions", json=OPEN, headers={"traceparent": traceparent + "-" + "x" * 7_000})
     await client.post("/records", json=[{"kind": "a", "correlation_id": "own"}, {"kind": "b"}], headers=headers)
     (first, second, own, given) = [event for _, event in check_ledger(database.owner)["demo"]]
     assert (first.correlation_id, first.causation_id, first.traceparent) == ("run é", cause, traceparent)
     assert second.traceparent is None
     assert (own.correlation_id, given.correlation_id, given.causation_id) == ("own", "run é", cause)
+
+
+@pytest.mark.parametrize("named", ["%00", "a%00b", "%20", "x" * 256])
+async def test_what_cannot_be_a_command_id_names_no_command(client: httpx.AsyncClient, named: str) -> None:
+    await opened(client)
+    assert problem_of(await client.get(f"/commands/{named}"))["code"] == "not_found"
 
 
 async def test_a_target_in_the_body_must_be_the_one_in_the_path(client: httpx.AsyncClient) -> None:

@@ -630,3 +630,11 @@ def test_a_command_with_some_bytes_changed_is_a_command_or_malformed(body: bytes
     at = data.draw(st.integers(0, len(body) - 1))
     changed = body[:at] + data.draw(st.binary(max_size=4)) + body[at + data.draw(st.integers(0, 4)) :]
     assert_read_or_refused(changed)
+
+
+def test_personal_values_stand_inside_metadata_and_not_in_its_place() -> None:
+    marked = '{"$personal": {"subject": "mia", "value": {}}}'
+    with pytest.raises(MalformedRequest) as refused:
+        read_command(f'{{"type": "OpenSession", "agent_role": "x", "metadata": {marked}}}'.encode())
+    assert refused.value.errors[0]["pointer"] == "/metadata"
+    read_command(f'{{"type": "OpenSession", "agent_role": "x", "metadata": {{"who": {marked}}}}}'.encode())
