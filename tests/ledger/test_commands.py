@@ -501,7 +501,6 @@ MARK = {"$personal": {"subject": "mia", "value": {"name": "Mia", "ages": [1, 2]}
     ("kind", "fields"),
     [
         (OpenSession, {"metadata": {"a": [MARK, {"b": MARK}]}}),
-        (OpenSession, {"metadata": MARK}),
         (Record, {"body": MARK}),
         (Record, {"body": {"$personally": {"subject": 1}, "x": "$personal", "y": ["$sealed"]}}),
         (ChangeSession, {"reason": MARK}),
