@@ -11,10 +11,21 @@ from msgspec.structs import replace
 from uuid_utils.compat import uuid7
 
 from ledger.batch import Batch
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, OpenSession, Receipt, Record
+from ledger.commands import (
+    METADATA_BYTES_MAX,
+    PERSONAL_TEXT_BYTES_MAX,
+    AnnotateSession,
+    CancelSession,
+    ChangeSession,
+    Command,
+    OpenSession,
+    Receipt,
+    Record,
+    read_command,
+)
 from ledger.committer import Committer
 from ledger.errors import RateLimited
-from ledger.events import Actor, FactRecorded, SessionCancelled, SessionOpened, decode, moment
+from ledger.events import Actor, FactRecorded, SessionCancelled, SessionOpened, canonical, decode, moment
 from ledger.project_key import UnusableKey
 from ledger.queue import OPEN_ITEMS_MAX
 from tests.check import check_ledger, of_type
@@ -223,4 +234,33 @@ async def test_what_a_batch_on_its_way_closes_is_not_open_for_the_next(
         answers = await committer.submit_all("demo", [close, refill], agent)
         assert [answer.status for answer in answers] == [200, 201]
         await opened(another, agent)
+    check_ledger(database.owner)
+
+
+async def test_the_largest_envelope_that_can_be_asked_for_has_a_place(
+    committer: Committer, another: Committer, agent: Actor, database: Database
+) -> None:
+    """Everything but the data stands in the entry itself, which has an end: 65,535 bytes (static-ct-api)."""
+    session_id = await opened(committer, agent)
+    wide = "\N{GRINNING FACE}"
+    room = PERSONAL_TEXT_BYTES_MAX - len(canonical({"$personal": {"subject": wide * 255, "value": ""}}))
+    asked = canonical(
+        {
+            "type": "ChangeSession",
+            "session_id": session_id,
+            "status": "active",
+            "task_id": wide * 255,
+            "metadata": {"a": "x" * (METADATA_BYTES_MAX - 8)},
+            "reason": {"$personal": {"subject": wide * 255, "value": "x" * room}},
+            "refs": [{"type": wide * 100, "id": wide * 255}] * 16,
+            "correlation_id": wide * 128,
+            "external_id": wide * 255,
+            "command_id": "x" * 255,
+        }
+    )
+    first = await committer.submit("demo", read_command(asked), agent)
+    again = await another.submit("demo", read_command(asked), agent)
+    assert (first.event_count, again.replayed, again.state) == (3, True, first.state)
+    refused = await committer.submit("demo", replace(read_command(asked), command_id="y", status="pending"), agent)
+    assert refused.status == 422
     check_ledger(database.owner)

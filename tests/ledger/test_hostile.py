@@ -336,7 +336,7 @@ async def test_who_stops_with_the_ledger_locked_stops_nobody_else_for_long(datab
 
             await victim.begin()
             answering = asyncio.create_task(victim.answers())
-            for number in range(3):
+            for number in range(2):
                 await stop_with_the_ledger_locked(connection, victim.pid, note)
                 began = time.monotonic()
                 async with asyncio.timeout(IDLE_SECONDS_MAX + 5):
