@@ -24,7 +24,7 @@ from ledger.commands import (
     read_command,
 )
 from ledger.committer import Committer
-from ledger.errors import RateLimited
+from ledger.errors import IdempotencyKeyReused, MunimentError, NotFound, RateLimited
 from ledger.events import Actor, FactRecorded, SessionCancelled, SessionOpened, canonical, decode, moment
 from ledger.project_key import UnusableKey
 from ledger.queue import OPEN_ITEMS_MAX
@@ -264,3 +264,43 @@ async def test_the_largest_envelope_that_can_be_asked_for_has_a_place(
     refused = await committer.submit("demo", replace(read_command(asked), command_id="y", status="pending"), agent)
     assert refused.status == 422
     check_ledger(database.owner)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+async def test_of_two_commands_raced_under_one_id_one_is_done_and_the_other_is_told(
+    committer: Committer, another: Committer, agent: Actor, database: Database, settled: bool
+) -> None:
+    if settled:
+        await alone(committer, agent)
+        await alone(another, agent)
+    before = len(check_ledger(database.owner).get("demo", []))
+
+    async def ask(number: int) -> Receipt | MunimentError:
+        process = (committer, another)[number % 2]
+        command = OpenSession(agent_role=("buyer", "seller")[number // 2 % 2], command_id="one~id")
+        try:
+            return await process.submit("demo", command, agent)
+        except MunimentError as error:
+            return error
+
+    answers = await asyncio.gather(*(ask(number) for number in range(64)))
+    done = [answer for answer in answers if isinstance(answer, Receipt)]
+    told = [answer for answer in answers if isinstance(answer, IdempotencyKeyReused)]
+    assert (len(done), len(told)) == (32, 32)
+    assert len({(receipt.target, receipt.state.agent_role) for receipt in done}) == 1
+    assert sum(not receipt.replayed for receipt in done) == 1
+    assert len(check_ledger(database.owner)["demo"]) == before + 1
+
+
+async def test_a_duplicate_of_what_left_no_trace_is_decided_by_itself(
+    committer: Committer, another: Committer, agent: Actor, database: Database
+) -> None:
+    """The first is not found; the second, under its id and of other content, must not be told that it was reused."""
+    there = await opened(committer, agent)
+    for process in (committer, another):
+        await alone(process, agent)
+        commands = [AnnotateSession(session_id=target, text="x", command_id="free") for target in (uuid7(), there)]
+        answers = await process.submit_all("demo", commands, agent)
+        assert isinstance(answers[0], NotFound | IdempotencyKeyReused)
+        assert isinstance(answers[1], Receipt)
+    assert len(of_type(check_ledger(database.owner)["demo"], "SessionAnnotated")) == 1
