@@ -52,7 +52,8 @@ def test_a_code_is_a_lower_case_word_and_belongs_to_one_class() -> None:
     classes = [MunimentError]
     for cls in classes:
         classes += cls.__subclasses__()
-    assert len(ERRORS) == len(classes) - 1, "two classes have one code"
+    here = [cls for cls in classes[1:] if cls.__module__ == "ledger.errors"]  # a client has one of its own
+    assert len(ERRORS) == len(here), "two classes have one code"
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", code) for code in ERRORS)
     assert all(cls.title and not cls.title.endswith(".") for cls in ERRORS.values())
     assert len({cls.title for cls in ERRORS.values()}) == len(ERRORS)
