@@ -170,7 +170,7 @@ async def test_a_replay_is_no_failed_precondition_however_young_its_id_looks(
 async def test_a_replay_of_what_could_not_be_asked_anew_is_still_answered(
     committer: Committer, another: Committer, agent: Actor, database: Database
 ) -> None:
-    soon = datetime.now(UTC) + timedelta(milliseconds=300)
+    soon = datetime.now(UTC) + timedelta(seconds=2)
     ahead = id_from(soon + timedelta(hours=1))
 
     def open_it() -> OpenSession:

@@ -247,7 +247,7 @@ async def test_an_id_from_the_future_is_found_again_by_the_index(
 
 
 async def test_due_expiry_comes_before_any_verdict(committer: Committer, agent: Actor, database: Database) -> None:
-    soon = datetime.now(UTC) + timedelta(milliseconds=300)
+    soon = datetime.now(UTC) + timedelta(seconds=2)
     session_id = await opened(committer, agent, expires_at=soon)
     while True:  # the ledger's clock decides: ask until it has passed
         receipt = await committer.submit("demo", ChangeSession(session_id=session_id, task_id=str(uuid4())), agent)
@@ -263,7 +263,7 @@ async def test_due_expiry_comes_before_any_verdict(committer: Committer, agent: 
 async def test_any_number_of_sweepers_expire_a_session_once(
     committer: Committer, another: Committer, agent: Actor, database: Database
 ) -> None:
-    soon = datetime.now(UTC) + timedelta(milliseconds=200)
+    soon = datetime.now(UTC) + timedelta(seconds=2)
     session_id = await opened(committer, agent, expires_at=soon)
     state = (await committer.submit("demo", ChangeSession(session_id=session_id), agent)).state
 
@@ -281,7 +281,7 @@ async def test_any_number_of_sweepers_expire_a_session_once(
 async def test_an_expiry_that_came_too_early_leaves_no_trace_and_comes_again(
     committer: Committer, another: Committer, agent: Actor, database: Database
 ) -> None:
-    soon = datetime.now(UTC) + timedelta(milliseconds=700)
+    soon = datetime.now(UTC) + timedelta(seconds=2)
     session_id = await opened(committer, agent, expires_at=soon)
     expiry = ExpireSession(session_id=session_id, deadline=stamp(soon))
 
