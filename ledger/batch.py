@@ -5,8 +5,6 @@ until the store has appended it, so a batch that misses is thrown away and decid
 keeps its ids then. A command sees the effects of those before it.
 """
 
-import logging
-from asyncio import Future
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -16,29 +14,26 @@ from typing import Any, Protocol
 from uuid import UUID, uuid5
 
 import msgspec
-from msgspec import UNSET, Struct, field
+from msgspec import UNSET
 from msgspec.structs import replace
-from uuid_utils.compat import uuid7
 
 from ledger import record, session
 from ledger.commands import Command, ExpireSession, Receipt
 from ledger.errors import (
     AlreadyExists,
     Forbidden,
-    InternalError,
     MalformedRequest,
     MunimentError,
     NotFound,
     PreconditionFailed,
     RateLimited,
 )
-from ledger.events import SYSTEM, Actor, CommandRefused, Event, Fact, Stamp, canonical, encode, leaf_hash, stamp
+from ledger.events import SYSTEM, CommandRefused, Event, Fact, Stamp, canonical, encode, leaf_hash, stamp
+from ledger.pending import Pending, Verdict
 from ledger.queue import closes, opened
 from ledger.reactions import REACTIONS
 from ledger.store import Append, CommandRow, EventRow, OpenItem
-from ledger.vault import Held, Place, Vault
-
-log = logging.getLogger(__name__)
+from ledger.vault import Place, Vault
 
 RULES: dict[str, tuple[ModuleType, type[Any]]] = {
     "session": (session, session.Session),
@@ -51,55 +46,6 @@ REFUSALS_PER_MINUTE_MAX = 60
 
 CLAIM_AHEAD_SECONDS = 5
 """How far ahead of the ledger's clock a caller's `occurred_at` may be."""
-
-
-Verdict = Receipt | MunimentError
-"""What became of a command: its receipt, or the error that left no trace."""
-
-
-class Pending(Struct, kw_only=True, eq=False):
-    """A command on its way: what was asked, by whom, under which id, and where the answer goes.
-
-    `rivals` came under the same id while it was: what becomes of them depends on what becomes of this one.
-    """
-
-    command: Command
-    actor: Actor
-    principal: str
-    command_id: str
-    target: UUID
-    canonical: bytes
-    fingerprint: bytes
-    expected_version: int | None = None
-    traceparent: str | None = None
-    causation_id: UUID | None = None
-    correlation_id: str | None = None
-    answer: Future[Verdict] | None = None
-    rivals: list["Pending"] = field(default_factory=list)
-    minted: list[UUID] = field(default_factory=list)
-    data_keys: Held | None = None
-    outcome_unknown: bool = False
-    key: tuple[str, str] = ("", "")
-
-    def __post_init__(self) -> None:
-        self.key = (self.principal, self.command_id)
-
-    def resolve(self, verdict: Verdict) -> None:
-        if self.answer is not None and not self.answer.done():
-            self.answer.set_result(verdict)
-
-    def fault(self, error: Exception) -> MunimentError:
-        """What this command alone met. If it is no error of the table, it is a fault of ours."""
-        if isinstance(error, MunimentError):
-            return error
-        log.error("A command %s could not be decided or stored", type(self.command).__name__, exc_info=error)
-        return InternalError(why="This command met an error that nobody foresaw")
-
-    def event_id(self, index: int) -> UUID:
-        """The id of this command's event number `index`: the same each time it is decided."""
-        while len(self.minted) <= index:
-            self.minted.append(uuid7())
-        return self.minted[index]
 
 
 class NotLoaded(Exception):

@@ -17,11 +17,11 @@ from psycopg_pool import PoolTimeout
 from uuid_utils.compat import uuid7
 
 from ledger import store
-from ledger.batch import Pending, Verdict
 from ledger.commands import Command, Receipt
 from ledger.errors import MunimentError, StoreUnavailable, UnknownProject
 from ledger.events import Actor, canonical
 from ledger.memory import Refusals
+from ledger.pending import Pending, Verdict
 from ledger.postgres import Clock, Pool, store_errors
 from ledger.project_key import UnusableKey
 from ledger.replay import recall

@@ -15,10 +15,11 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from msgspec.structs import replace
 
-from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, NotLoaded, Pending, Verdict
+from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, NotLoaded
 from ledger.commands import Receipt
 from ledger.errors import IdempotencyKeyReused
 from ledger.events import Recorded
+from ledger.pending import Pending, Verdict
 from ledger.record import RecordedFact
 from ledger.replay import fold_all
 from ledger.store import CommandRow, Ledger, Locked, OpenItem

@@ -22,10 +22,11 @@ from msgspec.structs import replace
 from psycopg_pool import PoolTimeout
 
 from ledger import store
-from ledger.batch import Batch, Known, NotLoaded, Pending, Verdict
+from ledger.batch import Batch, Known, NotLoaded
 from ledger.commands import Receipt
 from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
 from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
+from ledger.pending import Pending, Verdict
 from ledger.postgres import TROUBLE, Clock, Connection, Pool, store_errors
 from ledger.replay import recall
 from ledger.store import CommandRow, Ledger

@@ -13,10 +13,11 @@ from uuid import UUID
 from msgspec import UNSET
 from uuid_utils.compat import uuid7
 
-from ledger.batch import RULES, Batch, Pending, Verdict
+from ledger.batch import RULES, Batch
 from ledger.commands import Command, Receipt
 from ledger.errors import MunimentError
 from ledger.events import Actor, Event, Fact, SessionOpened, canonical, decode, moment
+from ledger.pending import Pending, Verdict
 from ledger.postgres import Pool
 from ledger.project_key import ProjectKey
 from ledger.queue import closes, opened

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from uuid_utils.compat import uuid7
 
-from ledger.batch import Verdict, expiry_command_id
+from ledger.batch import expiry_command_id
 from ledger.commands import AnnotateSession, CancelSession, ChangeSession, ExpireSession, OpenSession, Receipt, Record
 from ledger.committer import Committer
 from ledger.errors import (
@@ -22,6 +22,7 @@ from ledger.errors import (
     StoreUnavailable,
 )
 from ledger.events import SYSTEM, Actor, stamp
+from ledger.pending import Verdict
 from tests.check import check_ledger, of_type, states
 from tests.conftest import Database
 

@@ -1,0 +1,67 @@
+"""A command on its way through this process, from the one who asked to the one who answers.
+
+It carries what is fixed before anything is decided: the id, the fingerprint, the target, the ids of its
+events. It decides nothing, and it is answered once.
+"""
+
+import logging
+from asyncio import Future
+from uuid import UUID
+
+from msgspec import Struct, field
+from uuid_utils.compat import uuid7
+
+from ledger.commands import Command, Receipt
+from ledger.errors import InternalError, MunimentError
+from ledger.events import Actor
+from ledger.vault import Held
+
+log = logging.getLogger(__name__)
+
+Verdict = Receipt | MunimentError
+"""What became of a command: its receipt, or the error that left no trace."""
+
+
+class Pending(Struct, kw_only=True, eq=False):
+    """A command on its way: what was asked, by whom, under which id, and where the answer goes.
+
+    `rivals` came under the same id while it was: what becomes of them depends on what becomes of this one.
+    """
+
+    command: Command
+    actor: Actor
+    principal: str
+    command_id: str
+    target: UUID
+    canonical: bytes
+    fingerprint: bytes
+    expected_version: int | None = None
+    traceparent: str | None = None
+    causation_id: UUID | None = None
+    correlation_id: str | None = None
+    answer: Future[Verdict] | None = None
+    rivals: list["Pending"] = field(default_factory=list)
+    minted: list[UUID] = field(default_factory=list)
+    data_keys: Held | None = None
+    outcome_unknown: bool = False
+    key: tuple[str, str] = ("", "")
+
+    def __post_init__(self) -> None:
+        self.key = (self.principal, self.command_id)
+
+    def resolve(self, verdict: Verdict) -> None:
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result(verdict)
+
+    def fault(self, error: Exception) -> MunimentError:
+        """What this command alone met. If it is no error of the table, it is a fault of ours."""
+        if isinstance(error, MunimentError):
+            return error
+        log.error("A command %s could not be decided or stored", type(self.command).__name__, exc_info=error)
+        return InternalError(why="This command met an error that nobody foresaw")
+
+    def event_id(self, index: int) -> UUID:
+        """The id of this command's event number `index`: the same each time it is decided."""
+        while len(self.minted) <= index:
+            self.minted.append(uuid7())
+        return self.minted[index]
