@@ -164,10 +164,10 @@ class Committer:
 
     async def _announce(self) -> None:
         while self._grown:
-            ids, self._grown = ",".join(map(str, self._grown)), set()
+            ledger_ids, self._grown = self._grown, set()
             with suppress(psycopg.Error, PoolTimeout):
                 async with self.pool.connection() as connection:
-                    await connection.execute(store.SQL.announce, {"ledger_ids": ids}, prepare=True)
+                    await store.announce(connection, ledger_ids)
             await asyncio.sleep(ANNOUNCE_SECONDS)
 
 

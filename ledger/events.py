@@ -36,7 +36,7 @@ Json = dict[str, Any]
 
 def stamp(moment: datetime) -> Stamp:
     """`moment` (aware) as a Stamp."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def moment(text: Stamp) -> datetime:

@@ -5,22 +5,25 @@ is set on the role, by the migrations. SQL lives in `.sql` files beside the modu
 are always bound.
 """
 
+import asyncio
+import itertools
 import re
 import struct
 import time
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, AsyncTransaction
 from psycopg.abc import Query
 from psycopg.adapt import Dumper
-from psycopg.pq import Format
+from psycopg.pq import ExecStatus, Format
+from psycopg.pq.abc import PGconn, PGresult
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from ledger.errors import ClockSkew, StoreUnavailable
@@ -38,6 +41,18 @@ class Connection(AsyncConnection[tuple[Any, ...]]):
     """
 
     standby_missed = False
+    prepared: Mapping["Statement", bytes] = {}
+    """The `Statement`s that the server knows on this connection, by what name."""
+
+    @asynccontextmanager
+    async def transaction(self, *args: Any, **kwargs: Any) -> AsyncIterator[AsyncTransaction]:
+        """psycopg's. After a ROLLBACK that deallocates its own prepared statements, and ours with them."""
+        try:
+            async with super().transaction(*args, **kwargs) as transaction:
+                yield transaction
+        except BaseException:
+            self.prepared = {}
+            raise
 
 
 P = TypeVar("P", bound="Packed")
@@ -101,6 +116,69 @@ def queries(package: str, name: str) -> Any:
 
 def _plain(sql: str) -> Query:
     return "\n".join(line for line in sql.splitlines() if line and not line.lstrip().startswith("--")).encode()
+
+
+class Statement:
+    """One statement of the hot path, whose values are packed already, past psycopg's `execute`.
+
+    That converts, prepares and waits in Python, which costs more than deciding what an append writes. This is
+    libpq's extended query as it stands, prepared once a connection (libpq, "Asynchronous Command Processing").
+    The SQL says the type of every value, as a cast. Cancelled while it waits, it leaves a busy connection, which
+    the pool throws away.
+    """
+
+    def __init__(self, name: str, sql: bytes) -> None:
+        self._name = name.encode()
+        self._values = list(dict.fromkeys(_NAMED.findall(sql)))
+        self._sql = _NAMED.sub(lambda match: b"$%d" % (self._values.index(match[1]) + 1), sql)
+        self._formats = [Format.BINARY] * len(self._values)
+        self._keys = [name.decode() for name in self._values]
+
+    async def run(self, connection: Connection, values: Mapping[str, bytes]) -> PGresult:
+        """The result, in binary form. Raises psycopg's errors."""
+        pgconn = connection.pgconn
+        name = connection.prepared.get(self)
+        if name is None:
+            name = b"%b_%d" % (self._name, next(_numbers))  # nobody says whether an older one is still there
+            pgconn.send_prepare(name, self._sql)
+            await _result(pgconn)
+            connection.prepared = {**connection.prepared, self: name}
+        pgconn.send_query_prepared(name, [values[key] for key in self._keys], self._formats, Format.BINARY)
+        return await _result(pgconn)
+
+
+_numbers = itertools.count()
+_NAMED = re.compile(rb"%\((\w+)\)s")
+
+
+async def _result(pgconn: PGconn) -> PGresult:
+    """The result of the one statement that was sent."""
+    loop = asyncio.get_running_loop()
+    while pgconn.flush():  # more than the socket takes at once; what the server says meanwhile must be read
+        await _until(loop.add_writer, loop.remove_writer, pgconn.socket)
+        pgconn.consume_input()
+    results: list[PGresult] = []
+    while True:
+        while pgconn.is_busy():
+            await _until(loop.add_reader, loop.remove_reader, pgconn.socket)
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:
+            break
+        results.append(result)
+    if results[-1].status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        raise psycopg.errors.error_from_result(results[-1])
+    return results[-1]
+
+
+async def _until(watch: Any, unwatch: Any, socket: int) -> None:
+    """Return when the socket is ready."""
+    ready = asyncio.get_running_loop().create_future()
+    watch(socket, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        unwatch(socket)
 
 
 class Clock:
@@ -179,10 +257,30 @@ _OIDS: dict[type[Packed], tuple[int, int]] = {
     Bigints: (20, 1016),
     Tsvectors: (3614, 3643),
 }
+_NULL = b"\xff\xff\xff\xff"
 _head = struct.Struct(">iiiii").pack
 _length = struct.Struct(">i").pack
 _smallint = struct.Struct(">ih").pack
 _bigint = struct.Struct(">iq").pack
+
+
+def uuid(value: UUID) -> bytes:
+    """One uuid, packed for a `Statement`."""
+    return value.bytes
+
+
+def bigint(value: int) -> bytes:
+    """One bigint, packed."""
+    return value.to_bytes(8, "big", signed=True)
+
+
+def timestamptz(moment: datetime) -> bytes:
+    """One timestamptz, packed: microseconds since 2000 (`timestamptz_recv`)."""
+    return bigint((moment - _EPOCH) // _MICROSECOND)
+
+
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 def _pack(cls: type[P], elements: list[bytes]) -> P:
@@ -190,7 +288,7 @@ def _pack(cls: type[P], elements: list[bytes]) -> P:
 
 
 def uuids(values: Iterable[UUID | None]) -> Uuids:
-    return _pack(Uuids, [b"\xff\xff\xff\xff" if v is None else b"\0\0\0\x10" + v.bytes for v in values])
+    return _pack(Uuids, [_NULL if v is None else b"\0\0\0\x10" + v.bytes for v in values])
 
 
 def texts(values: Iterable[str]) -> Texts:

@@ -14,9 +14,23 @@ from msgspec import Struct, field
 from uuid_utils.compat import uuid7
 
 from ledger.events import Recorded, decode
-from ledger.postgres import Connection, bigints, byteas, queries, smallints, texts, uuids
+from ledger.postgres import (
+    Connection,
+    Statement,
+    bigint,
+    bigints,
+    byteas,
+    queries,
+    smallints,
+    texts,
+    timestamptz,
+    uuid,
+    uuids,
+)
 
 SQL = queries("ledger", "store")
+_append = Statement("append", SQL.append)
+_announce = Statement("announce", SQL.announce)
 
 
 class Ledger(NamedTuple):
@@ -171,13 +185,13 @@ async def _append_rows(connection: Connection, batch: Append) -> bool:
     streams, versions, types, entries, leaves, _ = zip(*batch.events, strict=True) if batch.events else ((),) * 6
     commands: Any = zip(*batch.commands, strict=True) if batch.commands else ((),) * 9
     principals, command_ids, fingerprints, command_types, targets, statuses, firsts, counts, seens = commands
-    cursor = await connection.execute(
-        SQL.append,
+    result = await _append.run(
+        connection,
         {
-            "ledger_id": batch.ledger_id,
-            "seen": batch.seen,
-            "recorded_at": batch.recorded_at,
-            "event_count": len(batch.events),
+            "ledger_id": uuid(batch.ledger_id),
+            "seen": bigint(batch.seen),
+            "recorded_at": timestamptz(batch.recorded_at),
+            "event_count": bigint(len(batch.events)),
             "streams": uuids(streams),
             "versions": bigints(versions),
             "types": texts(types),
@@ -193,11 +207,8 @@ async def _append_rows(connection: Connection, batch: Append) -> bool:
             "counts": bigints(counts),
             "seens": bigints(seens),
         },
-        prepare=True,
-        binary=True,
     )
-    row = await cursor.fetchone()
-    return row is not None and row[0] == 1
+    return result.get_value(0, 0) == bigint(1)
 
 
 async def _append_open_items(connection: Connection, batch: Append) -> None:
@@ -212,6 +223,11 @@ async def _append_open_items(connection: Connection, batch: Append) -> None:
         await connection.execute(SQL.append_open_items, {"ledger_id": batch.ledger_id, **rows})
     if batch.closed:
         await connection.execute(SQL.close_open_items, {"ledger_id": batch.ledger_id, "item_ids": uuids(batch.closed)})
+
+
+async def announce(connection: Connection, ledger_ids: Iterable[UUID]) -> None:
+    """Tell whoever listens that these ledgers grew."""
+    await _announce.run(connection, {"ledger_ids": ",".join(map(str, ledger_ids)).encode()})
 
 
 async def read_streams(connection: Connection, ledger_id: UUID, stream_ids: Iterable[UUID]) -> list[Recorded]:

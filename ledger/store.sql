@@ -25,21 +25,22 @@ SELECT size, last_recorded_at FROM ledger.ledgers WHERE ledger_id = %(ledger_id)
 -- everything else follows from that row, so on a miss nothing at all is written. READ COMMITTED re-reads
 -- only the locked row after a wait: that is why the size is the test and not an index.
 WITH head AS (
-    UPDATE ledger.ledgers SET size = size + %(event_count)s, last_recorded_at = %(recorded_at)s
-    WHERE ledger_id = %(ledger_id)s AND size = %(seen)s AND last_recorded_at <= %(recorded_at)s
+    UPDATE ledger.ledgers SET size = size + %(event_count)s::bigint, last_recorded_at = %(recorded_at)s::timestamptz
+    WHERE ledger_id = %(ledger_id)s::uuid AND size = %(seen)s::bigint AND last_recorded_at <= %(recorded_at)s::timestamptz
     RETURNING ledger_id
 ), written AS (
     INSERT INTO ledger.events (ledger_id, position, stream_id, stream_version, type, entry, leaf)
-    SELECT head.ledger_id, %(seen)s + e.place, e.stream_id, e.stream_version, e.type, e.entry, e.leaf
-    FROM head, unnest(%(streams)s, %(versions)s, %(types)s, %(entries)s, %(leaves)s)
-        WITH ORDINALITY AS e (stream_id, stream_version, type, entry, leaf, place)
+    SELECT head.ledger_id, %(seen)s::bigint + e.place, e.stream_id, e.stream_version, e.type, e.entry, e.leaf
+    FROM head, unnest(
+        %(streams)s::uuid[], %(versions)s::bigint[], %(types)s::text[], %(entries)s::bytea[], %(leaves)s::bytea[]
+    ) WITH ORDINALITY AS e (stream_id, stream_version, type, entry, leaf, place)
 ), answered AS (
     INSERT INTO ledger.commands
         (ledger_id, principal, command_id, fingerprint, type, target, status, first_position, event_count, seen_position)
     SELECT head.ledger_id, c.*
     FROM head, unnest(
-        %(principals)s, %(command_ids)s, %(fingerprints)s, %(command_types)s, %(targets)s,
-        %(statuses)s, %(firsts)s, %(counts)s, %(seens)s
+        %(principals)s::text[], %(command_ids)s::text[], %(fingerprints)s::bytea[], %(command_types)s::text[],
+        %(targets)s::uuid[], %(statuses)s::smallint[], %(firsts)s::bigint[], %(counts)s::bigint[], %(seens)s::bigint[]
     ) AS c
 )
 SELECT count(*) FROM head
@@ -105,4 +106,4 @@ JOIN ledger.commands AS c
 -- name: announce
 -- Tell whoever listens that ledgers grew. Sent on its own and seldom: a NOTIFY inside the append would put
 -- every commit of the server in one queue. It need not be durable.
-SELECT set_config('synchronous_commit', 'off', true), pg_notify('ledger', %(ledger_ids)s)
+SELECT set_config('synchronous_commit', 'off', true), pg_notify('ledger', %(ledger_ids)s::text)

@@ -4,7 +4,8 @@ import asyncio
 import math
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +21,21 @@ from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.errors import ClockSkew, StoreUnavailable
 from ledger.events import Actor, moment
-from ledger.postgres import Clock, Pool, bigints, byteas, open_pool, queries, smallints, store_errors, texts, uuids
+from ledger.postgres import (
+    Clock,
+    Pool,
+    Statement,
+    bigint,
+    bigints,
+    byteas,
+    open_pool,
+    queries,
+    smallints,
+    store_errors,
+    texts,
+    timestamptz,
+    uuids,
+)
 from tests.check import check_ledger
 from tests.conftest import Database
 
@@ -60,6 +75,78 @@ def test_named_queries_are_read_without_their_comments() -> None:
         for query, text in vars(queries("ledger", name)).items():
             assert text.strip(), query
             assert b"--" not in text
+
+
+# A statement past psycopg's execute
+
+SIZE = Statement("size", b"SELECT octet_length(%(value)s::bytea)::bigint, %(number)s::bigint, %(time)s::timestamptz")
+DIVIDE = Statement("divide", b"SELECT 1 / %(number)s::bigint")
+
+
+@pytest.fixture
+async def pool(database: Database) -> AsyncIterator[Pool]:
+    async with open_pool(database.api, connections_max=1) as pool:
+        yield pool
+
+
+async def test_a_statement_sends_its_values_packed_and_more_than_a_socket_takes_at_once(pool: Pool) -> None:
+    now = datetime.now(UTC)
+    async with pool.connection() as connection:
+        for length in (0, 20 * 2**20, 1):
+            values = {"value": b"x" * length, "number": bigint(-7), "time": timestamptz(now)}
+            result = await SIZE.run(connection, values)
+            assert [result.get_value(0, i) for i in range(3)] == [bigint(length), bigint(-7), timestamptz(now)]
+            cursor = await connection.execute("SELECT %s::timestamptz", [now], binary=True)
+            assert cursor.pgresult is not None
+            assert cursor.pgresult.get_value(0, 0) == timestamptz(now)
+
+
+async def test_a_statement_raises_what_execute_would_and_the_connection_goes_on(pool: Pool) -> None:
+    async with pool.connection() as connection:
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await DIVIDE.run(connection, {"number": bigint(0)})
+        assert (await DIVIDE.run(connection, {"number": bigint(1)})).get_value(0, 0) == bigint(1)
+
+
+async def test_a_statement_outlives_the_rollback_after_which_psycopg_deallocates_it(pool: Pool) -> None:
+    async with pool.connection() as connection:
+        for _ in range(3):
+            await connection.execute("SELECT 1", prepare=True)
+            await DIVIDE.run(connection, {"number": bigint(1)})
+            with suppress(psycopg.errors.DivisionByZero):
+                async with connection.transaction():
+                    await DIVIDE.run(connection, {"number": bigint(0)})
+            async with connection.transaction():
+                await connection.execute("SELECT 1", prepare=True)  # here psycopg sends what it put off
+                await DIVIDE.run(connection, {"number": bigint(1)})
+
+
+async def test_a_cancelled_statement_leaves_no_answer_to_the_next(pool: Pool) -> None:
+    sleep = Statement("sleep", b"SELECT pg_sleep(60 * %(number)s::bigint)")
+
+    async def slept() -> None:
+        async with pool.connection() as connection:
+            await sleep.run(connection, {"number": bigint(0)})
+            asleep.set()
+            await sleep.run(connection, {"number": bigint(1)})
+
+    asleep = asyncio.Event()
+    job = asyncio.create_task(slept())
+    await asleep.wait()
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    async with pool.connection() as connection:
+        assert (await DIVIDE.run(connection, {"number": bigint(1)})).get_value(0, 0) == bigint(1)
+
+
+async def test_a_statement_tells_that_the_server_ended_its_connection(pool: Pool, database: Database) -> None:
+    async with pool.connection() as connection:
+        await DIVIDE.run(connection, {"number": bigint(1)})
+        with psycopg.connect(database.owner, autocommit=True) as other:
+            other.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
+        with pytest.raises(psycopg.OperationalError):
+            await DIVIDE.run(connection, {"number": bigint(1)})
 
 
 # Errors
