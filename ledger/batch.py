@@ -150,38 +150,39 @@ class Batch:
         A recorded refusal is a Receipt; one that leaves no trace is returned as its error. Raises NotLoaded.
         """
         command = pending.command
-        for stream_id in (pending.target, *command.reads):
-            self._expire(stream_id)
+        for stream_id in command.reads:
+            self._expired(stream_id)
+        state = self._expired(pending.target)
         earlier = self.receipts.get(pending.key)
         if earlier is not None:  # a sweeper's command, which the line above or a neighbour has just done
             return replace(earlier, replayed=True)
         try:
-            state = self._admit(pending)
+            self._admit(pending, state)
             facts = RULES[command.stream_type][0].decide(state, command, self)
         except MunimentError as refusal:
             return self._refuse(pending, refusal) if refusal.recorded else refusal
-        return self._effect(pending, facts)
+        return self._effect(pending, state, facts)
 
-    def _expire(self, stream_id: UUID) -> None:
-        """Due expiry comes first, also when the command is then refused: it never waits for the sweeper."""
+    def _expired(self, stream_id: UUID) -> Any:
+        """The state of a stream after its expiry, if that is due: it never waits for the sweeper, and it comes
+        first, also when the command is then refused."""
         state = self.stream(stream_id)
-        if not isinstance(state, session.Session):
-            return
-        expiry = session.due(state, self.now)
-        if expiry is not None:
-            pending = self._system(expiry, expiry_command_id(expiry))
-            self._effect(pending, session.decide(state, expiry, self))
+        if isinstance(state, session.Session):
+            expiry = session.due(state, self.now)
+            if expiry is not None:
+                pending = self._system(expiry, expiry_command_id(expiry))
+                return self._effect(pending, state, session.decide(state, expiry, self)).state
+        return state
 
-    def _admit(self, pending: Pending) -> Any:
-        """The target's state, for a command that this actor may give on what is really there."""
+    def _admit(self, pending: Pending, state: Any) -> None:
+        """Refuse a command that this actor may not give, or not on what is really there."""
         command, actor = pending.command, pending.actor
-        if actor is not SYSTEM and not any(role in actor.roles for role in command.roles):
-            raise Forbidden(action=type(command).__name__, needed=list(command.roles), roles=list(actor.roles))
+        if actor is not SYSTEM and command.roles.isdisjoint(actor.roles):
+            raise Forbidden(action=type(command).__name__, needed=sorted(command.roles), roles=list(actor.roles))
         claimed = command.occurred_at
         if claimed is not UNSET and claimed > self.recorded_at + timedelta(seconds=CLAIM_AHEAD_SECONDS):
             detail = f"it is in the future: it is {self.now} here"
             raise MalformedRequest([{"pointer": "/occurred_at", "detail": detail}])
-        state = self.stream(pending.target)
         if state is not None and not isinstance(state, RULES[command.stream_type][1]):
             taken = AlreadyExists if command.creates else NotFound
             raise taken(what=command.stream_type, id=pending.target)
@@ -191,27 +192,30 @@ class Batch:
             version = state.version if state is not None else 0
             if version != pending.expected_version:
                 raise PreconditionFailed(id=pending.target, expected=pending.expected_version, current=version)
-        return state
 
-    def _effect(self, pending: Pending, facts: list[Fact]) -> Receipt:
+    def _effect(self, pending: Pending, state: Any, facts: list[Fact]) -> Receipt:
         """Record the facts, and then, in the same commit, what follows from them, level by level."""
         if not facts and pending.actor is SYSTEM:
             # Too early, or too late: it leaves no trace, for the same id may be right the next time.
-            return _said(self._row(pending, 200, 0, 0), self.stream(pending.target))
+            return _said(self._row(pending, 200, 0, 0), state)
         row = len(self.append.commands)
         after = self.size + len(facts)
-        triggers = deque((pending, event) for event in self._record(pending, facts))
+        triggers = deque((pending, event) for event in self._record(pending, state, facts))
         while triggers:
             cause, event = triggers.popleft()
-            for command in REACTIONS.get(type(event.data), _nothing)(event, self):
-                triggers.extend(self._react(cause, event, command))
+            if reaction := REACTIONS.get(type(event.data)):
+                for command in reaction(event, self):
+                    triggers.extend(self._react(cause, event, command))
         if self.size > after:  # the answer has seen what followed
             self.append.commands[row] = self.append.commands[row]._replace(seen_position=self.size)
         return self._receipt(pending, self.append.commands[row], self.stream(pending.target))
 
-    def _record(self, pending: Pending, facts: list[Fact]) -> list[Event[Any]]:
+    def _record(self, pending: Pending, state: Any, facts: list[Fact]) -> list[Event[Any]]:
         first = self.size + 1
-        events = [self._stage(pending, fact, index) for index, fact in enumerate(facts)]
+        events = []
+        for index, fact in enumerate(facts):
+            events.append(self._stage(pending, state, fact, index))
+            state = self.streams[pending.target]
         status = 201 if pending.command.creates else 200
         self.append.commands.append(self._row(pending, status, first, len(facts)))
         return events
@@ -222,12 +226,12 @@ class Batch:
         pending = self._system(command, str(uuid5(event.event_id, str(target))))
         pending.causation_id, pending.correlation_id = event.event_id, event.correlation_id
         pending.traceparent = cause.traceparent
-        self._expire(target)
+        state = self._expired(target)
         try:
-            facts = RULES[command.stream_type][0].decide(self.stream(target), command, self)
+            facts = RULES[command.stream_type][0].decide(state, command, self)
         except MunimentError:
             return  # it ended by itself, just now
-        followed = self._record(pending, facts)
+        followed = self._record(pending, state, facts)
         self._receipt(pending, self.append.commands[-1], self.stream(target))
         yield from ((pending, follow_up) for follow_up in followed)
 
@@ -261,24 +265,24 @@ class Batch:
             params=msgspec.to_builtins(refusal.params),
             attempted=attempted,
         )
-        self._stage(pending, fact, 0)
+        self._stage(pending, None, fact, 0)
         row = self._row(pending, refusal.status, self.size, 1)
         self.append.commands.append(row)
         return self._receipt(pending, row, None, refusal)
 
     # Rows
 
-    def _stage(self, pending: Pending, fact: Fact, index: int) -> Event[Any]:
-        """Give one fact its place and its bytes. Returns the event as it was decided, before sealing."""
+    def _stage(self, pending: Pending, before: Any, fact: Fact, index: int) -> Event[Any]:
+        """Give one fact its place, after `before`, and its bytes. Returns the event as it was decided, before
+        sealing."""
         command = pending.command
         stream_type = fact.stream_type
+        stream_id = pending.target
         if stream_type == "refusal":
             # The keyed fingerprint is in it, or a stranger could compute the id and take it first.
             name = f"{pending.principal}\n{pending.command_id}\n{pending.fingerprint.hex()}"
-            stream_id, before = uuid5(self.ledger_id, name), None
-        else:
-            stream_id, before = pending.target, self.stream(pending.target)
-        session_id, root_session_id = self._session_of(pending, fact)
+            stream_id = uuid5(self.ledger_id, name)
+        session_id, root_session_id = self._session_of(pending, before, fact)
         event: Event[Any] = Event(
             v=1,
             project=self.project_id,
@@ -305,11 +309,8 @@ class Batch:
             refs=command.refs,
             reason=None if "reason" in fact.__struct_fields__ else getattr(command, "reason", None),
         )
-        entry, payload = encode(event)
-        sealed = event
-        if b"$personal" in entry or (payload is not None and b"$personal" in payload):
-            sealed = self._seal(event)
-            entry, payload = encode(sealed)
+        sealed = self._seal(event) if b"$personal" in pending.canonical else event
+        entry, payload = encode(sealed)
         self.size += 1
         self.append.events.append(
             EventRow(stream_id, event.stream_version, event.type, entry, leaf_hash(entry), payload)
@@ -335,12 +336,12 @@ class Batch:
         data = replace(event.data, **{name: seal(value, f"/data/{name}") for name, value in fields.items()})
         return replace(event, data=data, reason=seal(event.reason, "/reason"))
 
-    def _session_of(self, pending: Pending, fact: Fact) -> tuple[UUID | None, UUID | None]:
+    def _session_of(self, pending: Pending, before: Any, fact: Fact) -> tuple[UUID | None, UUID | None]:
         """The session an event belongs to, and the root above it."""
         command = pending.command
-        session_id = getattr(command, "session_id", None)
-        if command.stream_type == "session":
-            session_id = pending.target
+        if isinstance(before, session.Session):
+            return before.session_id, before.root_session_id
+        session_id = pending.target if command.stream_type == "session" else getattr(command, "session_id", None)
         if not isinstance(session_id, UUID):
             return None, None
         state = self.stream(session_id)
@@ -394,7 +395,3 @@ def _said(row: CommandRow, state: Any, refusal: MunimentError | None = None) -> 
 
 def _given(value: Any) -> Any:
     return None if value is UNSET else value
-
-
-def _nothing(event: Event[Any], world: Any) -> tuple[Command, ...]:
-    return ()

@@ -55,7 +55,7 @@ class Command(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=Tr
     target_field: ClassVar[str]
     stream_type: ClassVar[str]
     creates: ClassVar[bool] = False
-    roles: ClassVar[tuple[str, ...]]
+    roles: ClassVar[frozenset[str]]
 
     command_id: CommandId | UnsetType = UNSET
     expected_version: Annotated[int, Meta(ge=0, le=EXACT_INTEGER_MAX)] | UnsetType = UNSET
@@ -83,7 +83,7 @@ class OpenSession(Command, kw_only=True, tag=True):
     target_field = "session_id"
     stream_type = "session"
     creates = True
-    roles = ("agent",)
+    roles = frozenset({"agent"})
 
     agent_role: Line
     session_id: UUID | UnsetType = UNSET
@@ -104,7 +104,7 @@ class ChangeSession(Command, kw_only=True, tag=True):
 
     target_field = "session_id"
     stream_type = "session"
-    roles = ("agent",)
+    roles = frozenset({"agent"})
 
     session_id: UUID | UnsetType = UNSET
     status: Status | UnsetType = UNSET
@@ -119,7 +119,7 @@ class CancelSession(Command, kw_only=True, tag=True):
 
     target_field = "session_id"
     stream_type = "session"
-    roles = ("agent", "operator")
+    roles = frozenset({"agent", "operator"})
 
     session_id: UUID | UnsetType = UNSET
     reason: Text | None = None
@@ -131,7 +131,7 @@ class AnnotateSession(Command, kw_only=True, tag=True):
 
     target_field = "session_id"
     stream_type = "session"
-    roles = ("agent",)
+    roles = frozenset({"agent"})
 
     text: Text
     session_id: UUID | UnsetType = UNSET
@@ -143,7 +143,7 @@ class Record(Command, kw_only=True, tag=True):
     target_field = "record_id"
     stream_type = "record"
     creates = True
-    roles = ("agent",)
+    roles = frozenset({"agent"})
 
     kind: Kind
     record_id: UUID | UnsetType = UNSET
@@ -160,7 +160,9 @@ class Record(Command, kw_only=True, tag=True):
 
     @property
     def reads(self) -> tuple[UUID, ...]:
-        return tuple(i for i in (self.session_id, self.parent_record_id) if i)
+        if self.session_id is None:
+            return (self.parent_record_id,) if self.parent_record_id else ()
+        return (self.session_id, self.parent_record_id) if self.parent_record_id else (self.session_id,)
 
 
 class ExpireSession(Command, kw_only=True, tag=True):
@@ -168,7 +170,7 @@ class ExpireSession(Command, kw_only=True, tag=True):
 
     target_field = "session_id"
     stream_type = "session"
-    roles = ()
+    roles = frozenset()
 
     session_id: UUID
     deadline: Stamp

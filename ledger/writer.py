@@ -164,8 +164,8 @@ class Writer:
         decided, verdicts = await self._decide(None, fresh, on, absent)
         # An error that leaves no trace meets no unique index, so only a look tells that it was answered before.
         # Nor does a stream that its caller named, that was believed absent, and that this batch does not begin.
-        named = {pending.command.target for pending in fresh} & absent
-        if named and named - {event.stream_id for event in decided.append.events}:
+        unbegun = {stream_id for stream_id in absent if decided.streams[stream_id] is None}
+        if unbegun and any(pending.command.target in unbegun for pending in fresh):
             raise Overtaken
         traceless = [p for p, v in zip(fresh, verdicts, strict=True) if isinstance(v, MunimentError)]
         if await self._find([pending for pending in traceless if self._memory.surely_new(pending)]):
