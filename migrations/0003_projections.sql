@@ -93,28 +93,27 @@ CREATE TABLE sessions.labels (
 );
 CREATE INDEX labels_by_state ON sessions.labels (ledger_id, key, value, state, opened_at, position);
 
--- One row a record: where it stands in the ledger, which holds its body, and the terms it is found by.
-CREATE TABLE records.records (
+-- One row for up to 256 events in a row: the terms that records are found by, with which of these events has each
+-- (projections/segments.py), and when all of them were recorded. The ledger holds the records.
+CREATE TABLE records.segments (
     ledger_id uuid NOT NULL,
-    position bigint NOT NULL,
-    recorded_at timestamptz NOT NULL,
+    first bigint NOT NULL,
+    recorded_ats timestamptz [] NOT NULL,
     terms tsvector NOT NULL,
-    PRIMARY KEY (ledger_id, position)
+    PRIMARY KEY (ledger_id, first)
 );
 -- Rows go to the index's pending list, and the projector empties that beside its writes: an insert that met
 -- a full list would stop to do so.
-CREATE INDEX records_by_term ON records.records USING gin (terms) WITH (gin_pending_list_limit = 65536);
+CREATE INDEX segments_by_term ON records.segments USING gin (terms) WITH (gin_pending_list_limit = 65536);
 
--- One row an event: what facets count, and the terms it is found by, its words among them.
-CREATE TABLE audit.events (
+-- The same of every event, the words of its text among its terms.
+CREATE TABLE audit.segments (
     ledger_id uuid NOT NULL,
-    position bigint NOT NULL,
-    recorded_at timestamptz NOT NULL,
-    type text NOT NULL,
-    principal text NOT NULL,
+    first bigint NOT NULL,
+    recorded_ats timestamptz [] NOT NULL,
     terms tsvector NOT NULL,
-    PRIMARY KEY (ledger_id, position)
+    PRIMARY KEY (ledger_id, first)
 );
-CREATE INDEX events_by_term ON audit.events USING gin (terms) WITH (gin_pending_list_limit = 65536);
+CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (gin_pending_list_limit = 65536);
 
 RESET ROLE;

@@ -23,12 +23,10 @@ BEGIN
 END
 $$;
 
-CREATE TABLE audit.events (
+CREATE TABLE audit.segments (
     ledger_id uuid NOT NULL,
-    "position" bigint NOT NULL,
-    recorded_at timestamp with time zone NOT NULL,
-    type text NOT NULL,
-    principal text NOT NULL,
+    first bigint NOT NULL,
+    recorded_ats timestamp with time zone[] NOT NULL,
     terms tsvector NOT NULL
 );
 
@@ -143,10 +141,10 @@ CREATE TABLE projections.positions (
 )
 WITH (fillfactor='10', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_scale_factor='0');
 
-CREATE TABLE records.records (
+CREATE TABLE records.segments (
     ledger_id uuid NOT NULL,
-    "position" bigint NOT NULL,
-    recorded_at timestamp with time zone NOT NULL,
+    first bigint NOT NULL,
+    recorded_ats timestamp with time zone[] NOT NULL,
     terms tsvector NOT NULL
 );
 
@@ -173,8 +171,8 @@ CREATE TABLE sessions.sessions (
 )
 WITH (fillfactor='75');
 
-ALTER TABLE ONLY audit.events
-    ADD CONSTRAINT events_pkey PRIMARY KEY (ledger_id, "position");
+ALTER TABLE ONLY audit.segments
+    ADD CONSTRAINT segments_pkey PRIMARY KEY (ledger_id, first);
 
 ALTER TABLE ONLY keys.data_keys
     ADD CONSTRAINT data_keys_pkey PRIMARY KEY (project_id, subject, key);
@@ -215,8 +213,8 @@ ALTER TABLE ONLY projections.leases
 ALTER TABLE ONLY projections.positions
     ADD CONSTRAINT positions_pkey PRIMARY KEY (view, ledger_id);
 
-ALTER TABLE ONLY records.records
-    ADD CONSTRAINT records_pkey PRIMARY KEY (ledger_id, "position");
+ALTER TABLE ONLY records.segments
+    ADD CONSTRAINT segments_pkey PRIMARY KEY (ledger_id, first);
 
 ALTER TABLE ONLY sessions.labels
     ADD CONSTRAINT labels_pkey PRIMARY KEY (ledger_id, key, value, opened_at, "position");
@@ -224,11 +222,11 @@ ALTER TABLE ONLY sessions.labels
 ALTER TABLE ONLY sessions.sessions
     ADD CONSTRAINT sessions_pkey PRIMARY KEY (ledger_id, session_id);
 
-CREATE INDEX events_by_term ON audit.events USING gin (terms) WITH (gin_pending_list_limit='65536');
+CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (gin_pending_list_limit='65536');
 
 CREATE INDEX open_items_by_root ON ledger.open_items USING btree (ledger_id, root_session_id);
 
-CREATE INDEX records_by_term ON records.records USING gin (terms) WITH (gin_pending_list_limit='65536');
+CREATE INDEX segments_by_term ON records.segments USING gin (terms) WITH (gin_pending_list_limit='65536');
 
 CREATE INDEX labels_by_state ON sessions.labels USING btree (ledger_id, key, value, state, opened_at, "position");
 
@@ -264,7 +262,7 @@ GRANT USAGE ON SCHEMA records TO muniment_api;
 
 GRANT USAGE ON SCHEMA sessions TO muniment_api;
 
-GRANT SELECT ON TABLE audit.events TO muniment_api;
+GRANT SELECT ON TABLE audit.segments TO muniment_api;
 
 GRANT SELECT,INSERT ON TABLE keys.data_keys TO muniment_api;
 
@@ -294,7 +292,7 @@ GRANT INSERT,DELETE,UPDATE ON TABLE projections.leases TO muniment_worker;
 GRANT SELECT ON TABLE projections.positions TO muniment_api;
 GRANT INSERT,DELETE,UPDATE ON TABLE projections.positions TO muniment_worker;
 
-GRANT SELECT ON TABLE records.records TO muniment_api;
+GRANT SELECT ON TABLE records.segments TO muniment_api;
 
 GRANT SELECT ON TABLE sessions.labels TO muniment_api;
 

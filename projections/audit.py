@@ -12,30 +12,20 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from ledger.events import Recorded
-from ledger.postgres import Connection, bigints, queries, texts, tsvectors
+from ledger.events import Event, Fact, Recorded
+from ledger.postgres import Connection, queries
 from projections.projector import Memory
-from projections.terms import (
-    Index,
-    Order,
-    event_terms,
-    event_words,
-    has,
-    has_actor,
-    has_words,
-    stretches,
-    term,
-)
+from projections.segments import Index, Order, pack
+from projections.terms import Condition, event_terms, event_words, has, has_actor, has_words, id_term, term
 
-SQL = queries("projections", "audit")
-WRITE = SQL.write
+WRITE = queries("projections", "audit").write
 
 FACETS_EVENTS_MAX = 10_000
 """How many of the newest events found are counted."""
 
 FACET_VALUES_MAX = 100
 
-_index = Index("audit", "events")
+_index = Index("audit")
 
 
 class Filter(Struct, kw_only=True, frozen=True):
@@ -54,8 +44,8 @@ class Filter(Struct, kw_only=True, frozen=True):
     until: datetime | None = None
     q: str | None = None
 
-    def conditions(self) -> list[str]:
-        """The filter in the words of the index, but for its times. Raises MalformedRequest for a `q` without words."""
+    def conditions(self) -> list[Condition]:
+        """The filter in the terms of the index, but for its times. Raises MalformedRequest for a `q` without words."""
         named = {
             "type": self.type,
             "stream": self.stream,
@@ -83,22 +73,15 @@ class Facets(Struct, kw_only=True, frozen=True):
 
 async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory) -> dict[str, Any]:
     """What brings the view from just before `batch` to just after it: the values of WRITE."""
-    events = [event for _, event in batch]
-    return {
-        "event_positions": bigints(position for position, _ in batch),
-        "event_times": texts(event.recorded_at for event in events),
-        "event_types": texts(event.type for event in events),
-        "event_principals": texts(event.actor.principal.replace("\0", "\ufffd") for event in events),
-        "event_terms": tsvectors(_terms(ledger_id, recorded) for recorded in batch),
-    }
+    firsts, times, terms = pack(batch, _terms)
+    return {"audit_firsts": firsts, "audit_times": times, "audit_terms": terms}
 
 
-def _terms(ledger_id: UUID, recorded: Recorded) -> set[bytes]:
-    position, event = recorded
+def _terms(event: Event[Fact]) -> set[bytes]:
     terms = event_words(event)
-    terms.update(event_terms(ledger_id, position, event))
+    terms |= event_terms(event)
     terms.add(term("type", event.type))
-    terms.add(term("stream", event.stream_id))
+    terms.add(id_term("stream", event.stream_id))
     terms.add(term("correlation", event.correlation_id))
     return terms
 
@@ -113,7 +96,7 @@ async def search(
     order: Order = "asc",
 ) -> list[int]:
     """Up to `limit` positions beyond the position `after`, in the order of the ledger or the other way."""
-    return await _index.search(
+    found = _index.search(
         connection,
         ledger_id,
         wanted.conditions(),
@@ -123,33 +106,25 @@ async def search(
         limit=limit,
         order=order,
     )
+    return [position async for segment in found for position in segment.positions]
 
 
 async def facets(connection: Connection, ledger_id: UUID, wanted: Filter) -> Facets:
     """Counts over what `search` would find, of the newest FACETS_EVENTS_MAX at most."""
-    conditions = wanted.conditions()
-    first, end = await _index.bounds(connection, ledger_id, wanted.since, wanted.until)
-    types: Counter[str] = Counter()
-    actors: Counter[str] = Counter()
-    left = FACETS_EVENTS_MAX
-    for stretch in stretches(ledger_id, first, end, "desc"):
-        values = {
-            "ledger_id": ledger_id,
-            "query": " & ".join([*conditions, stretch.span]),
-            "first": stretch.first,
-            "end": stretch.end,
-            "limit": left,
-        }
-        counting = SQL.count_found if conditions else SQL.count
-        for type_, principal, count in await (await connection.execute(counting, values, prepare=True)).fetchall():
-            types[type_] += count
-            actors[principal] += count
-            left -= count
-        if left <= 0:
-            break
-    return Facets(
-        types=dict(types.most_common(FACET_VALUES_MAX)),
-        actors=dict(actors.most_common(FACET_VALUES_MAX)),
-        counted=types.total(),
-        is_exact=left > 0,
-    )
+    counted = 0
+    counts: dict[str, Counter[str]] = {"type": Counter(), "principal": Counter()}
+    async for segment in _index.search(
+        connection,
+        ledger_id,
+        wanted.conditions(),
+        since=wanted.since,
+        until=wanted.until,
+        limit=FACETS_EVENTS_MAX,
+        order="desc",
+    ):
+        counted += len(segment.positions)
+        for name, count in segment.counts.items():
+            kind, _, value = name.decode().partition(":")
+            counts[kind][value] += count
+    types, actors = (dict((+counter).most_common(FACET_VALUES_MAX)) for counter in counts.values())
+    return Facets(types=types, actors=actors, counted=counted, is_exact=counted < FACETS_EVENTS_MAX)

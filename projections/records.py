@@ -12,15 +12,16 @@ from uuid import UUID
 from msgspec import Struct
 
 from ledger import record, store
-from ledger.events import FactRecorded, Recorded
-from ledger.postgres import Connection, bigints, queries, texts, tsvectors
+from ledger.events import Event, Fact, FactRecorded, Recorded
+from ledger.postgres import Connection, queries
 from ledger.record import RecordedFact
 from projections.projector import Memory
-from projections.terms import Index, Order, event_terms, has, has_actor, term
+from projections.segments import Index, Order, pack
+from projections.terms import Condition, event_terms, has, has_actor, id_term, term
 
 WRITE = queries("projections", "records").write
 
-_index = Index("records", "records")
+_index = Index("records")
 
 
 class Filter(Struct, kw_only=True, frozen=True):
@@ -38,8 +39,8 @@ class Filter(Struct, kw_only=True, frozen=True):
     since: datetime | None = None
     until: datetime | None = None
 
-    def conditions(self) -> list[str]:
-        """The filter in the words of the index, but for its times."""
+    def conditions(self) -> list[Condition]:
+        """The filter in the terms of the index, but for its times."""
         named = {
             "session": self.session_id,
             "task": self.task_id,
@@ -63,28 +64,20 @@ class Page(Struct, kw_only=True, frozen=True):
 
 async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory) -> dict[str, Any]:
     """What brings the view from just before `batch` to just after it: the values of WRITE."""
-    records = [recorded for recorded in batch if isinstance(recorded.event.data, FactRecorded)]
-    return {
-        "record_positions": bigints(position for position, _ in records),
-        "record_times": texts(event.recorded_at for _, event in records),
-        "record_terms": tsvectors(_terms(ledger_id, recorded) for recorded in records),
-    }
+    firsts, times, terms = pack(batch, _terms)
+    return {"record_firsts": firsts, "record_times": times, "record_terms": terms}
 
 
-def _terms(ledger_id: UUID, recorded: Recorded) -> set[bytes]:
-    position, event = recorded
+def _terms(event: Event[Fact]) -> set[bytes]:
     data = event.data
-    assert isinstance(data, FactRecorded)
-    named = {
-        "task": data.task_id,
-        "approval": data.approval_id,
-        "parent": data.parent_record_id,
-        "kind": data.kind,
-        "status": data.status,
-        "external": event.external_id,
-    }
-    terms = event_terms(ledger_id, position, event)
-    return terms | {term(kind, value) for kind, value in named.items() if value is not None}
+    if not isinstance(data, FactRecorded):
+        return set()
+    ids = {"task": data.task_id, "approval": data.approval_id, "parent": data.parent_record_id}
+    names = {"kind": data.kind, "status": data.status, "external": event.external_id}
+    terms = event_terms(event)
+    terms.update([id_term(kind, value) for kind, value in ids.items() if value is not None])
+    terms.update([term(kind, value) for kind, value in names.items() if value is not None])
+    return terms
 
 
 async def get(connection: Connection, ledger_id: UUID, record_id: UUID) -> RecordedFact | None:
@@ -105,7 +98,7 @@ async def search(
     order: Order = "desc",
 ) -> Page:
     """Up to `limit` records beyond the position `after`, in the order they were recorded or the other way."""
-    positions = await _index.search(
+    found = _index.search(
         connection,
         ledger_id,
         wanted.conditions(),
@@ -115,6 +108,7 @@ async def search(
         limit=limit + 1,
         order=order,
     )
+    positions = [position async for segment in found for position in segment.positions]
     shown = positions[:limit]
     stored = {row.position: row for row in await store.read_positions(connection, ledger_id, shown)}
     return Page(
