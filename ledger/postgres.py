@@ -21,7 +21,7 @@ from uuid import UUID
 import psycopg
 from psycopg import AsyncConnection, AsyncTransaction
 from psycopg.abc import Query
-from psycopg.adapt import Dumper
+from psycopg.adapt import Dumper, Transformer
 from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGconn, PGresult
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
@@ -145,6 +145,13 @@ class Statement:
             connection.prepared = {**connection.prepared, self: name}
         pgconn.send_query_prepared(name, [values[key] for key in self._keys], self._formats, Format.BINARY)
         return await _result(pgconn)
+
+    async def fetch(self, connection: Connection, values: Mapping[str, bytes]) -> list[tuple[Any, ...]]:
+        """The rows, as psycopg reads them. Raises psycopg's errors."""
+        result = await self.run(connection, values)
+        reader = Transformer()
+        reader.set_pgresult(result)
+        return reader.load_rows(0, result.ntuples, tuple)
 
 
 _numbers = itertools.count()

@@ -29,8 +29,10 @@ from ledger.postgres import (
 )
 
 SQL = queries("ledger", "store")
-_append = Statement("append", SQL.append)
-_announce = Statement("announce", SQL.announce)
+_append, _announce, _head, _lock, _changed_streams, _find_commands = (
+    Statement(name, getattr(SQL, name))
+    for name in ("append", "announce", "head", "lock", "changed_streams", "find_commands")
+)
 
 
 class Ledger(NamedTuple):
@@ -131,9 +133,7 @@ async def find_ledger(connection: Connection, project_id: str) -> Ledger | None:
 
 
 async def head(connection: Connection, ledger_id: UUID) -> Head:
-    cursor = await connection.execute(SQL.head, {"ledger_id": ledger_id}, prepare=True)
-    row = await cursor.fetchone()
-    assert row is not None
+    (row,) = await _head.fetch(connection, {"ledger_id": uuid(ledger_id)})
     return Head(*row)
 
 
@@ -149,14 +149,12 @@ async def lock(
     No pipeline: psycopg ends one with a Flush, after which the server counts no idle time, and a process that
     was stopped there would hold the ledger for ever. Nor would it be quicker.
     """
-    row = await (await connection.execute(SQL.lock, {"ledger_id": ledger_id}, prepare=True)).fetchone()
-    assert row is not None
+    (row,) = await _lock.fetch(connection, {"ledger_id": uuid(ledger_id)})
     head = Head(*row)
     changed: list[UUID] = []
     if 0 <= seen < head.size:
-        values = {"ledger_id": ledger_id, "after": seen, "limit": changed_max}
-        cursor = await connection.execute(SQL.changed_streams, values, prepare=True, binary=True)
-        changed = [stream for (stream,) in await cursor.fetchall()]
+        values = {"ledger_id": uuid(ledger_id), "after": bigint(seen), "limit": bigint(changed_max)}
+        changed = [stream for (stream,) in await _changed_streams.fetch(connection, values)]
     return Locked(head, changed, await find_commands(connection, ledger_id, keys))
 
 
@@ -258,9 +256,8 @@ async def find_commands(
     if not keys:
         return {}
     principals, command_ids = zip(*keys, strict=True)
-    values = {"ledger_id": ledger_id, "principals": texts(principals), "command_ids": texts(command_ids)}
-    cursor = await connection.execute(SQL.find_commands, values, prepare=True, binary=True)
-    rows = [CommandRow(*row) for row in await cursor.fetchall()]
+    values = {"ledger_id": uuid(ledger_id), "principals": texts(principals), "command_ids": texts(command_ids)}
+    rows = [CommandRow(*row) for row in await _find_commands.fetch(connection, values)]
     return {(row.principal, row.command_id): row for row in rows}
 
 

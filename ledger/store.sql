@@ -13,12 +13,12 @@ SELECT ledger_id, project_id, is_foreign, size, created_at FROM ledger.ledgers O
 
 -- name: head
 -- Where a ledger stands.
-SELECT size, last_recorded_at FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s
+SELECT size, last_recorded_at FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid
 
 -- name: lock
 -- The same, and nobody else appends until this transaction ends. It writes a row lock to the log, so on a
 -- server with a synchronous standby its commit waits for everything before it to be there as well.
-SELECT size, last_recorded_at FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s FOR UPDATE
+SELECT size, last_recorded_at FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid FOR UPDATE
 
 -- name: append
 -- The one write. The ledger's row is updated only if it still has the size that the batch was decided on;
@@ -84,8 +84,8 @@ LIMIT %(limit)s
 -- The streams of the first events after a position.
 SELECT DISTINCT stream_id
 FROM (
-    SELECT stream_id FROM ledger.events WHERE ledger_id = %(ledger_id)s AND position > %(after)s
-    ORDER BY position LIMIT %(limit)s
+    SELECT stream_id FROM ledger.events WHERE ledger_id = %(ledger_id)s::uuid AND position > %(after)s::bigint
+    ORDER BY position LIMIT %(limit)s::bigint
 ) AS later
 
 -- name: read_positions
@@ -101,7 +101,7 @@ ORDER BY e.position
 SELECT c.principal, c.command_id, c.fingerprint, c.type, c.target, c.status, c.first_position, c.event_count, c.seen_position
 FROM unnest(%(principals)s::text[], %(command_ids)s::text[]) AS k (principal, command_id)
 JOIN ledger.commands AS c
-    ON c.ledger_id = %(ledger_id)s AND c.principal = k.principal AND c.command_id = k.command_id
+    ON c.ledger_id = %(ledger_id)s::uuid AND c.principal = k.principal AND c.command_id = k.command_id
 
 -- name: announce
 -- Tell whoever listens that ledgers grew. Sent on its own and seldom: a NOTIFY inside the append would put
