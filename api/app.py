@@ -7,7 +7,7 @@ route does is in the module of its resource; nothing is decided here.
 
 import os
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,12 +16,12 @@ from litestar import Litestar, Request, Response, route
 from litestar.datastructures import State
 from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
+from litestar.types import LifeSpanReceive, LifeSpanScope, LifeSpanSend, Receive, Scope, Send
 
 from api import audit, commands, docs, events, health, openapi, records, sessions
 from api.auth import DEVELOPMENT_ISSUER, Tokens, development_verifier
 from api.http import Answer, Api, refuse
 from api.idempotency import Copy
-from api.openapi import Handler
 from api.problems import as_error
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
@@ -71,13 +71,42 @@ def problem_response(request: Request[Any, Any, Any], raised: Exception) -> Resp
     return Response(answer.body, status_code=answer.status, headers=headers, media_type=answer.media_type.decode())
 
 
-def options(routes: Sequence[Handler]) -> list[HTTPRouteHandler]:
+class Application(Litestar):
+    """Litestar, but for what is sent to a route of commands whose address has no parameter.
+
+    To find such a route and to make a Request for it costs as much as our own flow, which asks for neither. What
+    that flow does not know (another method, a slash at the end) goes Litestar's way to the same route.
+    """
+
+    def __init__(self, routes: Sequence[HTTPRouteHandler], **settings: Any) -> None:
+        super().__init__(routes, **settings)
+        self._submissions = {
+            (str(method), path): handler.opt["submission"]
+            for handler in routes
+            if "submission" in handler.opt
+            for path in handler.paths
+            if "{" not in path
+            for method in handler.http_methods
+        }
+
+    def __call__(
+        self, scope: Scope | LifeSpanScope, receive: Receive | LifeSpanReceive, send: Send | LifeSpanSend
+    ) -> Coroutine[Any, Any, None]:
+        known: Any = scope
+        submission = self._submissions.get((known["method"], known["path"])) if known["type"] == "http" else None
+        if submission is None:
+            return super().__call__(scope, receive, send)
+        known["litestar_app"] = self
+        answer: Coroutine[Any, Any, None] = submission(known, receive, send)
+        return answer
+
+
+def options(routes: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
     """OPTIONS for every address: what is possible there. Litestar's own knows one route of several."""
     possible: dict[str, set[str]] = defaultdict(lambda: {"OPTIONS"})
     for handler in routes:
-        if isinstance(handler, HTTPRouteHandler):
-            for path in handler.paths:
-                possible[path].update(map(str, handler.http_methods))
+        for path in handler.paths:
+            possible[path].update(map(str, handler.http_methods))
 
     def handler_of(path: str, methods: set[str]) -> HTTPRouteHandler:
         @route(path, http_method=HttpMethod.OPTIONS, name=f"options {path}")
@@ -92,9 +121,9 @@ def options(routes: Sequence[Handler]) -> list[HTTPRouteHandler]:
 def create_app(settings: Settings | None = None) -> Litestar:
     """The API as an ASGI application; settings come from the environment unless given."""
     known = settings or Settings.from_environment(os.environ)
-    routes: list[Handler] = [route for module in RESOURCES for route in module.ROUTES]
-    return Litestar(
-        route_handlers=[*options(routes), *routes],
+    routes = [route for module in RESOURCES for route in module.ROUTES]
+    return Application(
+        [*options(routes), *routes],
         state=State({"openapi": msgspec.json.encode(openapi.document(routes))}),
         lifespan=[lambda app: serving(app, known)],
         exception_handlers={Exception: problem_response},

@@ -5,17 +5,16 @@ function of the receipt, so the first answer and every replay of it are the same
 body limit, authentication, then in the committer replay, authorization, handling. Rules are never here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
 import msgspec
-from litestar import Request, asgi, route
-from litestar.enums import ScopeType
-from litestar.exceptions import NotFoundException
+from litestar import Request, route
+from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import Receive, Scope, Send
+from litestar.types import HTTPScope, Receive, Send
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from api import resources
@@ -35,7 +34,7 @@ from api.reading import Fresh, NoParameters, head, read_query, reading
 from ledger import errors
 from ledger.batch import RULES
 from ledger.commands import COMMANDS, Command, CommandId, Receipt, explain, read_command
-from ledger.errors import MalformedRequest, MethodNotAllowed, MunimentError, NotFound
+from ledger.errors import MalformedRequest, MunimentError, NotFound
 from ledger.events import Line, canonical
 from ledger.record import RecordedFact
 from ledger.session import Session
@@ -247,19 +246,41 @@ async def _many(call: Call, body: bytes, named: type[Command] | None) -> Answer:
 # Routes
 
 
-async def _take(
-    call: Call, receive: Receive, named: type[Command] | None, target: str | None = None, *, listed: bool = False
-) -> Answer:
-    """The shared flow. `named`: the type that the route says, if it is not the body that says it."""
-    call.read_headers()
-    body = await call.read_body(receive, BATCH_BODY_BYTES_MAX if listed else BODY_BYTES_MAX)
-    call.authenticate()
-    call.require_json(body)
-    if call.scope["query_string"]:
-        read_query(call.scope["query_string"], NoParameters)
-    if listed and body.lstrip(b" \t\r\n")[:1] == b"[":
-        return await _many(call, body, named)
-    return await _one(call, body, named, target)
+class Submission(Struct, frozen=True):
+    """The shared flow, as an ASGI application: what `api.app` gives requests whose address is the route's own.
+
+    `named`: the type that the route says, if it is not the body that says it; `target`: the path parameter that
+    is its target; `listed`: whether a list may come too.
+    """
+
+    named: type[Command] | None
+    target: str | None = None
+    listed: bool = False
+
+    async def __call__(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
+        answer = await self.answer(scope, receive)
+        await answer(scope, receive, send)
+
+    def answer(self, scope: HTTPScope, receive: Receive) -> Awaitable[Answer]:
+        return Call(scope).answer(lambda call: self._take(call, receive))
+
+    async def _take(self, call: Call, receive: Receive) -> Answer:
+        call.read_headers()
+        body = await call.read_body(receive, BATCH_BODY_BYTES_MAX if self.listed else BODY_BYTES_MAX)
+        call.authenticate()
+        call.require_json(body)
+        if call.scope["query_string"]:
+            read_query(call.scope["query_string"], NoParameters)
+        if self.listed and body.lstrip(b" \t\r\n")[:1] == b"[":
+            return await _many(call, body, self.named)
+        return await _one(call, body, self.named, self.target)
+
+    def route(self, method: str, path: str, operation: Operation) -> HTTPRouteHandler:
+        async def handler(request: Request[Any, Any, Any]) -> Answer:
+            return await self.answer(request.scope, request.receive)
+
+        opt = {"operation": operation, "submission": self}
+        return route(path, http_method=[HttpMethod(method)], name=operation.name, opt=opt)(handler)
 
 
 def commanding(
@@ -289,12 +310,7 @@ def commanding(
         refusals=REFUSALS,
     )
 
-    async def handler(request: Request[Any, Any, Any]) -> Answer:
-        return await Call(request.scope).answer(
-            lambda call: _take(call, request.receive, command, target, listed=listed)
-        )
-
-    return route(path, http_method=[method], name=operation.name, opt={"operation": operation})(handler)
+    return Submission(command, target, listed).route(method, path, operation)
 
 
 _ANY: Any = reduce(or_, COMMANDS)
@@ -313,17 +329,6 @@ ANY_COMMAND = Operation(
     answers={201: (Session, RecordedFact), 200: (Session, RecordedFact, list[ItemAnswer])},
     refusals=REFUSALS,
 )
-
-
-@asgi("/commands", name=ANY_COMMAND.name, copy_scope=False, opt={"operation": ANY_COMMAND, "methods": ["POST"]})
-async def submit_commands(scope: Scope, receive: Receive, send: Send) -> None:
-    """The hottest route, so without Litestar's own handling of requests; it shares all else."""
-    if scope["type"] != ScopeType.HTTP:
-        raise NotFoundException
-    if scope["method"] != "POST":
-        raise MethodNotAllowed(method=scope["method"], allowed=["POST"])
-    answer = await Call(scope).answer(lambda call: _take(call, receive, None, listed=True))
-    await answer(scope, receive, send)
 
 
 class CommandQuery(Fresh, kw_only=True, forbid_unknown_fields=True):
@@ -367,4 +372,4 @@ async def get_command(call: Call, query: CommandQuery) -> Answer:
     return Answer(200, encode(became), [(b"ledger-position", b"%d" % at.head)])
 
 
-ROUTES = [submit_commands, get_command]
+ROUTES = [Submission(None, listed=True).route("POST", "/commands", ANY_COMMAND), get_command]

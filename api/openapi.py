@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
-from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
+from litestar.handlers import HTTPRouteHandler
 
 from api.http import Operation
 from api.problems import Problem
@@ -21,7 +21,6 @@ from ledger.errors import InternalError, MunimentError
 from ledger.events import Count
 
 Json = dict[str, Any]
-Handler = ASGIRouteHandler | HTTPRouteHandler
 
 DESCRIPTION = """An event-sourced, tamper-evident audit ledger for AI agents.
 
@@ -47,14 +46,14 @@ _HEADERS: dict[str, tuple[str, Json]] = {
 _PATH_TYPES: dict[str, Any] = {"command_id": CommandId, "position": Count}
 
 
-def document(handlers: Sequence[Handler]) -> Json:
+def document(handlers: Sequence[HTTPRouteHandler]) -> Json:
     """The OpenAPI document of these routes."""
     described = [(handler, handler.opt["operation"]) for handler in handlers if "operation" in handler.opt]
     schemas = _Schemas([operation for _, operation in described])
     paths: dict[str, Json] = defaultdict(dict)
     for handler, operation in described:
         for path in handler.paths:
-            for method in _methods(handler):
+            for method in sorted(str(method).lower() for method in handler.http_methods if method != "HEAD"):
                 paths[re.sub(r":\w+}", "}", path)][method] = _operation(operation, path, schemas)
     return {
         "openapi": "3.1.0",
@@ -74,11 +73,6 @@ def document(handlers: Sequence[Handler]) -> Json:
             },
         },
     }
-
-
-def _methods(handler: Handler) -> list[str]:
-    named = handler.http_methods if isinstance(handler, HTTPRouteHandler) else handler.opt["methods"]
-    return sorted(str(method).lower() for method in named if method != "HEAD")
 
 
 class _Schemas:

@@ -328,9 +328,8 @@ def test_a_very_long_address_is_refused(server: Server) -> None:
     [
         ("DELETE", "/sessions", {"GET", "HEAD", "OPTIONS", "POST"}),
         ("PATCH", "/sessions/x", {"GET", "HEAD", "OPTIONS", "PUT"}),
-        ("GET", "/commands", {"POST"}),
-        ("HEAD", "/commands", {"POST"}),
-        ("OPTIONS", "/commands", {"POST"}),
+        ("GET", "/commands", {"OPTIONS", "POST"}),
+        ("HEAD", "/commands", {"OPTIONS", "POST"}),
         ("TRACE", "/events", {"GET", "HEAD", "OPTIONS"}),
         ("BREW", "/health", {"GET", "HEAD", "OPTIONS"}),
         ("POST", "/health", {"GET", "HEAD", "OPTIONS"}),
@@ -345,6 +344,28 @@ def test_a_method_that_is_not_possible_is_told_which_are(
     assert set(reply.headers["allow"].split(", ")) == allowed
     if method != "HEAD":
         assert problem_of(reply)["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/commands", "OPTIONS, POST"),
+        ("/sessions", "GET, HEAD, OPTIONS, POST"),
+        ("/sessions/x", "GET, HEAD, OPTIONS, PUT"),
+        ("/health", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_every_address_tells_what_is_possible_there(server: Server, path: str, allowed: str) -> None:
+    with server.client() as client:
+        reply = client.options(path)
+    assert (reply.status_code, reply.headers["allow"], reply.content) == (204, allowed, b"")
+
+
+def test_an_address_is_the_same_with_a_slash_at_its_end_and_is_no_pattern(server: Server) -> None:
+    for path in ("/commands", "/commands/"):
+        body = b'{"type":"OpenSession","agent_role":"x","command_id":"slash"}'
+        assert server.request(f"POST {path} HTTP/1.1", body).status == 201
+    refused(server.request("PUT /sessions/{session_id:str} HTTP/1.1", b"{}"), 404, "not_found")
 
 
 # Headers
