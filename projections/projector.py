@@ -188,9 +188,7 @@ class Projector:
                 loop.call_later(RETRY_SECONDS, self._waiting.put_nowait, ledger_id)
                 continue
             except Overtaken:
-                # We look again where it stands; who holds the lease is settled elsewhere.
-                self._places.pop(ledger_id, None)
-                events = 1
+                events = 1  # we look again where it stands; who holds the lease is settled elsewhere
             if events >= BATCH_EVENTS_MAX:
                 self._waiting.put_nowait(ledger_id)
             elif events or self._busy[ledger_id]:
@@ -205,6 +203,16 @@ class Projector:
 
         Raises Overtaken, and whatever of TROUBLE the database has.
         """
+        try:
+            return await self._advance(ledger_id)
+        except Overtaken:
+            # Whoever moved one view may have moved any: none is believed to be where we left it, or as we left it.
+            del self._places[ledger_id]
+            for name in self._views:
+                self._memories.pop((ledger_id, name), None)
+            raise
+
+    async def _advance(self, ledger_id: UUID) -> int:
         async with self._pool.connection() as connection:
             if ledger_id not in self._places:
                 self._places[ledger_id] = await self._load_places(connection, ledger_id)

@@ -26,7 +26,7 @@ from ledger.events import (
 )
 from ledger.postgres import Connection, Pool, open_pool
 from projections import VIEWS, Projector, audit, caught_up, projector, sessions
-from projections.projector import Memory
+from projections.projector import Memory, Overtaken
 from tests.check import states
 from tests.conftest import Database
 from tests.projections.conftest import History, NewHistory, deadline, project_all, running
@@ -261,6 +261,27 @@ async def test_a_view_that_is_behind_catches_up_beside_the_others(
     await project_all(early, history)
     add_at_random(history, 100, 2)
     await project_all(Projector(pool, VIEWS), history)
+    await check_views(reader, history)
+
+
+async def test_one_that_is_overtaken_in_one_view_forgets_what_it_remembers_of_all(
+    pool: Pool, history: History, reader: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projector, "BATCH_EVENTS_MAX", 10)
+    session_id = history.open()
+    add_at_random(history, 29, 1)
+    await project_all(Projector(pool, {"sessions": sessions}), history)
+    overtaken = Projector(pool, VIEWS)
+    history.add(SessionAnnotated(text="remembered"), session_id)
+    await history.write()
+    await overtaken.advance(history.ledger_id)
+    assert await places(reader, history) == {"sessions": (31, None), "records": (10, None), "audit": (10, None)}
+    history.add(SessionActivated(), session_id)
+    await project_all(Projector(pool, VIEWS), history)
+    with pytest.raises(Overtaken):
+        await overtaken.advance(history.ledger_id)
+    history.add(SessionAnnotated(text="after"), session_id)
+    await project_all(overtaken, history)
     await check_views(reader, history)
 
 
