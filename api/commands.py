@@ -26,10 +26,9 @@ from api.http import (
     Call,
     Operation,
     encode,
-    refuse,
 )
 from api.idempotency import Asked
-from api.problems import problem
+from api.problems import MEDIA_TYPE, headers_of, problem
 from api.reading import Fresh, NoParameters, head, read_query, reading
 from ledger import errors
 from ledger.batch import RULES
@@ -181,15 +180,13 @@ def _asked(call: Call, command: Command) -> Asked:
 
 async def answer(call: Call, receipt: Receipt) -> Answer:
     """The answer that `receipt` is, whether it is the first or a replay."""
+    body = await _body(call, receipt)
     if receipt.refusal is not None:
-        shown = refuse(receipt.refusal, remembered=True)
+        shown = Answer(receipt.status, body, headers_of(receipt.refusal), MEDIA_TYPE)
     else:
-        call.caller.require_reader("Reading the answer")
-        state = receipt.state
-        body = await resources.encode(call.api.vault, call.caller.project_id, state)
-        shown = Answer(receipt.status, body, [(b"etag", resources.etag(state))])
+        shown = Answer(receipt.status, body, [(b"etag", resources.etag(receipt.state))])
         if receipt.status == 201:
-            shown.headers.append((b"location", resources.location(state)))
+            shown.headers.append((b"location", resources.location(receipt.state)))
     position = receipt.positions[-1] if receipt.event_count else receipt.seen_position
     shown.headers += [(b"ledger-position", b"%d" % position), (b"command-id", receipt.command_id.encode())]
     if receipt.replayed:
@@ -197,24 +194,35 @@ async def answer(call: Call, receipt: Receipt) -> Answer:
     return shown
 
 
+async def _body(call: Call, receipt: Receipt) -> bytes:
+    """What `receipt` says: the target as it then was, or why not. Raises Forbidden for who may not read it."""
+    if receipt.refusal is not None:
+        return encode(problem(receipt.refusal, remembered=True))
+    call.caller.require_reader("Reading the answer")
+    return await resources.encode(call.api.vault, call.caller.project_id, receipt.state)
+
+
 async def _item_answer(call: Call, command_id: str | None, verdict: Receipt | MunimentError) -> ItemAnswer:
     if isinstance(verdict, MunimentError):
         body = msgspec.Raw(encode(problem(verdict)))
         return ItemAnswer(command_id=command_id, status=verdict.status, replayed=False, positions=[], body=body)
-    try:
-        shown = await answer(call, verdict)
-    except MunimentError as error:
-        shown = refuse(error)
-    headers = dict(shown.headers)
-    return ItemAnswer(
+    shown = ItemAnswer(
         command_id=verdict.command_id,
-        status=shown.status,
+        status=verdict.status,
         replayed=verdict.replayed,
         positions=list(verdict.positions),
-        body=msgspec.Raw(shown.body),
-        location=headers[b"location"].decode() if b"location" in headers else None,
-        etag=headers[b"etag"].decode() if b"etag" in headers else None,
+        body=msgspec.Raw(),
     )
+    try:
+        shown.body = msgspec.Raw(await _body(call, verdict))
+    except MunimentError as error:
+        shown.status, shown.body = error.status, msgspec.Raw(encode(problem(error)))
+        return shown
+    if verdict.refusal is None:
+        shown.etag = resources.etag(verdict.state).decode()
+        if verdict.status == 201:
+            shown.location = resources.location(verdict.state).decode()
+    return shown
 
 
 async def _one(call: Call, body: bytes, named: type[Command] | None, target: str | None) -> Answer:
