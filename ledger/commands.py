@@ -214,7 +214,9 @@ _BYTES_MAX = {
     "text": PERSONAL_TEXT_BYTES_MAX,
     "body": BODY_BYTES_MAX,
 }
-_long_number = re.compile(rb"[0-9]{16}")
+# Sixteen digits in a row, whichever they are: a regular expression takes five times as long to find them.
+_SAME_DIGITS = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER = b"0" * 16
 _TOO_LARGE = ("Number out of range", "Integer value out of range", f"Expected `int` <= {EXACT_INTEGER_MAX}")
 _marked = re.compile(rb'"\$(personal|sealed|erased)"')
 
@@ -232,8 +234,9 @@ def read_command(body: bytes | msgspec.Raw, kind: type[Command] | None = None) -
     if encoded.count(b"[") + encoded.count(b"{") > DEPTH_MAX:
         _check_depth(msgspec.json.decode(encoded))
     for name in _MOMENTS:
-        _check_moment(getattr(command, name, None), f"/{name}")
-    if _long_number.search(encoded):
+        if isinstance(moment := getattr(command, name, None), datetime):
+            _check_moment(moment, f"/{name}")
+    if _LONG_NUMBER in encoded.translate(_SAME_DIGITS):
         check_numbers(msgspec.json.decode(encoded))
     if _marked.search(encoded):
         check(msgspec.json.decode(encoded), "")
@@ -303,12 +306,11 @@ def _check_sizes(command: Command) -> None:
             _refuse(f"/{name}", f"it is over {bytes_max} bytes")
 
 
-def _check_moment(value: Any, at: str) -> None:
-    if isinstance(value, datetime):
-        try:
-            value.astimezone(UTC)
-        except OverflowError:
-            _refuse(at, "in UTC it is not within the years 1 to 9999")
+def _check_moment(value: datetime, at: str) -> None:
+    try:
+        value.astimezone(UTC)
+    except OverflowError:
+        _refuse(at, "in UTC it is not within the years 1 to 9999")
 
 
 def _step(name: str) -> str:
