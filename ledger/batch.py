@@ -1,6 +1,6 @@
 """One batch: commands decided in order on what this process knows, and the rows that would record them.
 
-Pure computation: no I/O, and the only time is the batch's own `recorded_at`. Nothing decided here is true
+Pure computation: no I/O, and the only time is the one it is told. Nothing decided here is true
 until the store has appended it, so a batch that misses is thrown away and decided again; a caller's command
 keeps its ids then. A command sees the effects of those before it.
 """
@@ -99,7 +99,6 @@ class Batch:
         vault: Vault,
         *,
         session_retention_days: int,
-        absent: Iterable[UUID] = (),
     ) -> None:
         self._known = known
         self.project_id = known.project_id
@@ -111,7 +110,7 @@ class Batch:
         self._idle_deadline: Stamp | None = None
         self.size = known.size
         self.append = Append(ledger_id=known.ledger_id, seen=known.size, recorded_at=recorded_at)
-        self.streams: dict[UUID, Any] = dict.fromkeys(absent)
+        self.streams: dict[UUID, Any] = {}
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}
         self.receipts: dict[tuple[str, str], Receipt] = {}
         self.refused: Counter[str] = Counter()
@@ -119,6 +118,15 @@ class Batch:
     def rebase(self, known: Known) -> None:
         """What this batch was decided on has become part of `known`: let go of it."""
         self._known = known
+
+    def move_on(self, moment: datetime) -> None:
+        """What is decided from here on is decided, and recorded, at `moment`."""
+        self.recorded_at = self.append.recorded_at = moment
+        self.now, self._idle_deadline = stamp(moment), None
+
+    def believe_absent(self, stream_ids: Iterable[UUID]) -> None:
+        """Take it that these streams, which are not known, do not exist."""
+        self.streams.update(dict.fromkeys(stream_ids))
 
     # The world of a rule
 

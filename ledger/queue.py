@@ -30,7 +30,7 @@ class World(Protocol):
 
     @property
     def now(self) -> Stamp:
-        """The batch's recorded_at: fixed under the ledger's lock, never decreasing."""
+        """The recorded_at of what is decided now: never decreasing within a ledger."""
         ...
 
     @property

@@ -1,6 +1,6 @@
 """The group commit of one ledger: pending commands -> decide -> one append -> receipts.
 
-One batch in flight, no timer: while a batch is on its way the next one forms and is decided on top of it.
+One batch in flight, no timer: while a batch is on its way the next one is decided on top of it, as it comes in.
 Decisions are optimistic. A batch is appended on condition that the ledger has the size it was decided on;
 where another process was quicker it is decided again under the ledger's lock, and the writer stays on that
 exact path until it has been alone for a while. Even a batch that appends nothing checks the size, so no
@@ -13,11 +13,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, nullcontext
 from uuid import UUID
 
 import psycopg
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 from psycopg_pool import PoolTimeout
 
@@ -50,12 +51,30 @@ class Overtaken(Exception):
 
 
 class Flight(Struct, eq=False):
-    """A batch on its way: decided, and appended by `job`."""
+    """Commands decided together; once the batch is on its way, `job` appends it.
 
-    fresh: list[Pending]
+    `absent` are the streams that were believed not to exist, and not looked up.
+    """
+
     decided: Batch
-    verdicts: list[Verdict]
+    fresh: list[Pending] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    absent: AbstractSet[UUID] = frozenset()
+    bytes: int = 0
     job: asyncio.Task[bool] | None = None
+
+    def decide(self, batch: list[Pending], absent: AbstractSet[UUID]) -> None:
+        """Decide these too. Raises NotLoaded; then nothing but `fresh` and `absent` is of use any more."""
+        self.absent |= absent
+        self.decided.believe_absent(absent)
+        self.verdicts += map(self.decided.decide, batch)
+        self.fresh += batch
+        self.bytes += sum(len(pending.canonical) for pending in batch)
+
+    @property
+    def room(self) -> int:
+        """How many commands it can still take."""
+        return BATCH_COMMANDS_MAX - len(self.fresh) if self.bytes < BATCH_BYTES_MAX else 0
 
 
 class Writer:
@@ -82,6 +101,7 @@ class Writer:
         self._queue: deque[Pending] = deque()
         self._waiting: dict[Key, Pending] = {}
         self._alone_batches = 0
+        self._stirred = asyncio.Event()
         self._job: asyncio.Task[None] | None = None
         self._recalls: set[asyncio.Task[None]] = set()
 
@@ -104,6 +124,7 @@ class Writer:
     def _enqueue(self, pending: Pending) -> None:
         self._waiting[pending.key] = pending
         self._queue.append(pending)
+        self._stirred.set()
         if self._job is None:
             self._job = asyncio.create_task(self._run())
 
@@ -113,42 +134,36 @@ class Writer:
             await asyncio.gather(*(job for job in (self._job, *self._recalls) if job))
 
     async def _run(self) -> None:
-        """Decide one batch while the one before it is on its way.
+        """Have one batch on its way, and meanwhile decide the next on top of it, which grows until that has landed.
 
         Its append states the size that the other will have left, so if that one misses, so does this.
         """
         flight: Flight | None = None
         while self._queue or flight is not None:
-            ready: Flight | None = None
+            following: Flight | None = None
             exact: list[Pending] = []
-            if self._queue and self._alone_batches >= ALONE_AFTER_BATCHES:
-                # With nothing on its way half is sent at once, for the rest to be decided meanwhile.
-                batch = self._take(BATCH_COMMANDS_MAX if flight else (len(self._queue) + 1) // 2)
-                try:
-                    ready = await self._prepare(batch, flight.decided if flight else self._memory)
-                except Exception as error:  # noqa: BLE001  (the exact path meets it again, and says so)
-                    log.debug("%d commands go by the exact path: %r", len(batch), error)
-                    exact = batch
+            if flight is not None or self._alone_batches >= ALONE_AFTER_BATCHES:
+                following, exact = await self._follow(flight)
+            else:
+                exact = self._take(BATCH_COMMANDS_MAX)
             if flight is not None and not await self._landed(flight):
-                if ready is not None:
-                    exact, ready = ready.fresh, None
                 await self._settle(flight.fresh)
-            flight = None
-            if exact:
-                await self._settle(exact)
-            elif ready is not None:
-                flight = ready
+                exact = [*following.fresh, *exact] if following else exact
+                following = None
+            flight = following
+            if flight is not None:
                 flight.decided.rebase(self._memory)
                 flight.job = asyncio.create_task(self._append(flight.decided))
-            elif self._queue and self._alone_batches < ALONE_AFTER_BATCHES:
-                await self._settle(self._take(BATCH_COMMANDS_MAX))
+                flight.job.add_done_callback(lambda _: self._stirred.set())
+            elif exact:
+                await self._settle(exact)
             await asyncio.sleep(0)  # those just answered ask again before the next batch is taken
         self._job = None
 
     def _take(self, commands_max: int) -> list[Pending]:
         batch: list[Pending] = []
         size = 0
-        while self._queue and len(batch) < min(commands_max, BATCH_COMMANDS_MAX) and size < BATCH_BYTES_MAX:
+        while self._queue and len(batch) < commands_max and size < BATCH_BYTES_MAX:
             pending = self._queue.popleft()
             size += len(pending.canonical)
             batch.append(pending)
@@ -156,22 +171,53 @@ class Writer:
 
     # The optimistic path
 
-    async def _prepare(self, batch: list[Pending], on: Known) -> Flight | None:
-        """Decide `batch` on top of `on`. No query, if nothing needs to be looked up."""
+    async def _follow(self, flight: Flight | None) -> tuple[Flight | None, list[Pending]]:
+        """Decide what comes in until `flight` has landed; without one half of what waits, at once, so that the rest
+        is decided while that is on its way.
+
+        Answers with what is to be sent next, or else with commands that only the exact path can decide.
+        """
+        following: Flight | None = None
+        batch: list[Pending] = []
+        try:
+            while True:
+                room = following.room if following else BATCH_COMMANDS_MAX
+                batch = self._take(room if flight else min(room, (len(self._queue) + 1) // 2))
+                if batch:
+                    following = await self._extend(following, batch, flight.decided if flight else self._memory)
+                    batch = []
+                if flight is None or flight.job is None or flight.job.done():
+                    break
+                await self._stirred.wait()
+                self._stirred.clear()
+            if following is not None:
+                await self._verify(following)
+        except Exception as error:  # noqa: BLE001  (the exact path meets it again, and says so)
+            exact = [*(following.fresh if following else ()), *batch]
+            log.debug("%d commands go by the exact path: %r", len(exact), error)
+            return None, exact
+        return following, []
+
+    async def _extend(self, flight: Flight | None, batch: list[Pending], on: Known) -> Flight | None:
+        """Decide `batch` after what `flight` has already. No query, if nothing needs to be looked up."""
         rows = await self._find([pending for pending in batch if not self._memory.surely_new(pending)])
         fresh = [pending for pending in batch if pending.key not in rows] if rows else batch
-        absent = {p.target for p in fresh if p.command.creates and self._memory.minted_since(p.target)}
-        decided, verdicts = await self._decide(None, fresh, on, absent)
-        # An error that leaves no trace meets no unique index, so only a look tells that it was answered before.
-        # Nor does a stream that its caller named, that was believed absent, and that this batch does not begin.
-        unbegun = {stream_id for stream_id in absent if decided.streams[stream_id] is None}
-        if unbegun and any(pending.command.target in unbegun for pending in fresh):
+        if fresh:
+            absent = {p.target for p in fresh if p.command.creates and self._memory.minted_since(p.target)}
+            flight = await self._decide(None, on, flight, fresh, absent)
+        if rows:
+            self._answer_again([pending for pending in batch if pending.key in rows], rows)
+        return flight
+
+    async def _verify(self, flight: Flight) -> None:
+        """An error that leaves no trace meets no unique index, so only a look tells that it was answered before.
+        Nor does a stream that its caller named, that was believed absent, and that this batch does not begin."""
+        unbegun = {stream_id for stream_id in flight.absent if flight.decided.streams[stream_id] is None}
+        if unbegun and any(pending.command.target in unbegun for pending in flight.fresh):
             raise Overtaken
-        traceless = [p for p, v in zip(fresh, verdicts, strict=True) if isinstance(v, MunimentError)]
+        traceless = [p for p, v in zip(flight.fresh, flight.verdicts, strict=True) if isinstance(v, MunimentError)]
         if await self._find([pending for pending in traceless if self._memory.surely_new(pending)]):
             raise Overtaken
-        self._answer_again([pending for pending in batch if pending.key in rows], rows)
-        return Flight(fresh, decided, verdicts) if fresh else None
 
     async def _find(self, batch: list[Pending]) -> dict[Key, CommandRow]:
         """What was recorded of these commands before, all of it as old as what is known here.
@@ -268,44 +314,52 @@ class Writer:
                 alone = self._memory.catch_up(locked, self._clock.now().timestamp())
                 self._alone_batches = self._alone_batches + 1 if alone else 0
                 fresh = [pending for pending in batch if pending.key not in locked.commands]
-                decided, verdicts = await self._decide(connection, fresh, self._memory)
-                if decided.append.commands:
-                    appended = await store.append(connection, decided.append)
+                flight = await self._decide(connection, self._memory, None, fresh)
+                if flight.decided.append.commands:
+                    appended = await store.append(connection, flight.decided.append)
                     assert appended, "the ledger grew under its lock"
             # From here on the batch is durable, unless the server warned that its standby is not there.
             if connection.standby_missed:
                 raise OutcomeUnknown
-        self._accept(decided)
-        self._resolve(zip(fresh, verdicts, strict=True))
+        self._accept(flight.decided)
+        self._resolve(zip(fresh, flight.verdicts, strict=True))
         self._answer_again([p for p in batch if p.key in locked.commands], locked.commands)
 
     # Deciding
 
     async def _decide(
-        self, connection: Connection | None, batch: list[Pending], on: Known, absent: Iterable[UUID] = ()
-    ) -> tuple[Batch, list[Verdict]]:
-        """Decide on what is known, reading first what is not; on `connection` if its lock matters."""
+        self,
+        connection: Connection | None,
+        on: Known,
+        flight: Flight | None,
+        batch: list[Pending],
+        absent: AbstractSet[UUID] = frozenset(),
+    ) -> Flight:
+        """Decide `batch` on what is known, after what `flight` has already; read first what is not known, on
+        `connection` if its lock matters."""
+        known = on if flight is None else flight.decided
         named = {stream_id for p in batch for stream_id in (p.target, *p.command.reads)}
-        unknown = {stream_id for stream_id in named if not on.knows(stream_id)}
-        absent = unknown.intersection(absent)
+        unknown = {stream_id for stream_id in named if not known.knows(stream_id)}
+        absent = unknown & absent
         unknown -= absent
-        recorded_at = max(self._clock.now(), on.recorded_at)
         while True:
             if unknown:
                 await self._load(connection, unknown)
-            decided = Batch(
-                on,
-                recorded_at,
-                self._vault,
-                session_retention_days=self._session_retention_days,
-                absent=absent,
-            )
+            now = max(self._clock.now(), known.recorded_at)
+            if flight is None:
+                decided = Batch(on, now, self._vault, session_retention_days=self._session_retention_days)
+                flight = Flight(decided)
+            else:
+                flight.decided.move_on(now)
             try:
-                return decided, [decided.decide(pending) for pending in batch]
+                flight.decide(batch, absent)
             except NotLoaded as missing:
                 if missing.root and on is not self._memory:
                     raise  # the table does not know yet what the batch on its way closes under this root
                 unknown = {missing.stream} if missing.stream else await self._load_items(connection, missing.root)
+                batch, absent, flight = [*flight.fresh, *batch], flight.absent - unknown, None
+            else:
+                return flight
 
     async def _load(self, connection: Connection | None, stream_ids: set[UUID]) -> None:
         async with self._connected(connection) as connected:
