@@ -185,6 +185,8 @@ DEEP = b'{"agent_role":"x","metadata":{"x":' + b"[" * 5000 + b"]" * 5000 + b"}}"
         (b'{"agent_role":"x","command_id":"a b"}', "malformed_request", "/command_id"),
         (b'{"agent_role":"x","command_id":"a\\r\\nSet-Cookie: b"}', "malformed_request", "/command_id"),
         (b'{"agent_role":"x","type":"Record"}', "malformed_request", "/type"),
+        (b'{"agent_role":"x","agent_role":"y"}', "malformed_request", ""),
+        (b'{"agent_role":"x","metadata":{"a":1,"b":{"a":1,"a":2}}}', "malformed_request", ""),
         (b'{"agent_role":"x","metadata":{"$sealed":1}}', "malformed_request", "/metadata/$sealed"),
         (b'{"agent_role":"x","metadata":{"a":{"$personal":1}}}', "malformed_request", "/metadata/a/$personal"),
         (b'{"agent_role":"x","metadata":{"x":9007199254740993}}', "number_out_of_range", "/metadata/x"),
@@ -214,12 +216,6 @@ def test_odd_but_possible_text_is_kept_as_it_is(server: Server) -> None:
         assert created.status_code == 201
         assert created.json()["metadata"] == {odd: [odd, 1.5, 2**53 - 1, None]}
         assert client.get(created.headers["location"]).json()["metadata"] == {odd: [odd, 1.5, 2**53 - 1, None]}
-
-
-def test_of_a_name_given_twice_the_last_counts_and_is_what_is_recorded(server: Server) -> None:
-    created = server.request("POST /sessions HTTP/1.1", b'{"agent_role":"a","agent_role":"b"}')
-    assert created.status == 201
-    assert httpx.Response(200, content=created.body).json()["agent_role"] == "b"
 
 
 # Sizes

@@ -137,13 +137,6 @@ def test_a_uuid_is_read_in_any_of_its_forms() -> None:
         assert read_command(body_of(CancelSession, session_id=form)).target == UUID(SESSION_ID)
 
 
-def test_of_two_fields_with_one_name_the_last_counts() -> None:
-    command = read_command(b'{"type":"OpenSession","agent_role":"first","agent_role":"last"}')
-    assert isinstance(command, OpenSession)
-    assert command.agent_role == "last"
-    assert b"first" not in canonical(command), "what is fingerprinted and stored is what was decided on"
-
-
 # What is not a command at all
 
 
@@ -153,6 +146,31 @@ def test_of_two_fields_with_one_name_the_last_counts() -> None:
 )
 def test_bytes_that_are_no_json_are_called_that(body: bytes) -> None:
     assert refused(body) == [("", "it is not valid JSON")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        (b'"kind":"a","kind":"b"', "kind"),
+        (b'"kind" : "a" , "k\\u0069nd" : "a"', "kind"),
+        (b'"kind":"a","body":[{"b":{"c":1,"d":2,"c":null}}]', "c"),
+        (b'"kind":"a","body":{"":1,"":2}', ""),
+        (b'"kind":"a","type":"Record"', "type"),
+        (b'"kind":"a","body":{"a":1,"a":"\\u003a"}', "a"),
+        (b'"kind":"a","body":{"a":1,"a":"\\u003A"}', "a"),
+        (b'"kind":"a","body":[],"body":":"', "body"),
+    ],
+)
+def test_a_name_that_an_object_says_twice_is_refused(fields: bytes, name: str) -> None:
+    detail = f"the name {name} is there twice in one object; send it once"
+    assert refused(b'{"type":"Record",%b}' % fields) == [("", detail)]
+
+
+def test_one_name_in_two_objects_is_no_repetition() -> None:
+    body = rb'{"type" : "Record", "kind":"a", "body":[{"a\u003a":":"}, {"a\u003A":{"a":"\":\""}}, ":"], "refs":[]}'
+    command = read_command(body)
+    assert isinstance(command, Record)
+    assert command.body == [{"a:": ":"}, {"a:": {"a": '":"'}}, ":"]
 
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b"1", b'"Record"', b"true"])
@@ -582,6 +600,11 @@ def assert_read_or_refused(body: bytes, kind: type[Command] | None = None) -> No
     else:
         assert type(command) in COMMANDS
         assert read_command(canonical(command)) == command, "what is stored reads as what was asked"
+        json.loads(body, object_pairs_hook=each_once)
+
+
+def each_once(fields: list[tuple[str, Any]]) -> None:
+    assert len({name for name, _ in fields}) == len(fields)
 
 
 LEAVES = (
