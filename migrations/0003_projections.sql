@@ -68,7 +68,7 @@ CREATE TABLE sessions.sessions (
     agent_role text NOT NULL,
     session bytea NOT NULL,
     PRIMARY KEY (ledger_id, session_id)
-) WITH (fillfactor = 75);
+) WITH (fillfactor = 50);
 CREATE INDEX sessions_by_time ON sessions.sessions (ledger_id, opened_at, position);
 CREATE INDEX sessions_by_state ON sessions.sessions (ledger_id, state, opened_at, position);
 CREATE INDEX sessions_by_role ON sessions.sessions (ledger_id, agent_role, opened_at, position);
@@ -102,9 +102,9 @@ CREATE TABLE records.segments (
     terms tsvector NOT NULL,
     PRIMARY KEY (ledger_id, first)
 );
--- Rows go to the index's pending list, and the projector empties that beside its writes: an insert that met
--- a full list would stop to do so.
-CREATE INDEX segments_by_term ON records.segments USING gin (terms) WITH (gin_pending_list_limit = 65536);
+-- To compress a segment costs more than to write it, and a list of pending entries more than it saves.
+ALTER TABLE records.segments ALTER terms SET STORAGE EXTERNAL;
+CREATE INDEX segments_by_term ON records.segments USING gin (terms) WITH (fastupdate = off);
 
 -- The same of every event, the words of its text among its terms.
 CREATE TABLE audit.segments (
@@ -114,6 +114,7 @@ CREATE TABLE audit.segments (
     terms tsvector NOT NULL,
     PRIMARY KEY (ledger_id, first)
 );
-CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (gin_pending_list_limit = 65536);
+ALTER TABLE audit.segments ALTER terms SET STORAGE EXTERNAL;
+CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (fastupdate = off);
 
 RESET ROLE;

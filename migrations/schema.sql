@@ -29,6 +29,7 @@ CREATE TABLE audit.segments (
     recorded_ats timestamp with time zone[] NOT NULL,
     terms tsvector NOT NULL
 );
+ALTER TABLE ONLY audit.segments ALTER COLUMN terms SET STORAGE EXTERNAL;
 
 CREATE TABLE keys.data_keys (
     project_id text NOT NULL,
@@ -147,6 +148,7 @@ CREATE TABLE records.segments (
     recorded_ats timestamp with time zone[] NOT NULL,
     terms tsvector NOT NULL
 );
+ALTER TABLE ONLY records.segments ALTER COLUMN terms SET STORAGE EXTERNAL;
 
 CREATE TABLE sessions.labels (
     ledger_id uuid NOT NULL,
@@ -169,7 +171,7 @@ CREATE TABLE sessions.sessions (
     agent_role text NOT NULL,
     session bytea NOT NULL
 )
-WITH (fillfactor='75');
+WITH (fillfactor='50');
 
 ALTER TABLE ONLY audit.segments
     ADD CONSTRAINT segments_pkey PRIMARY KEY (ledger_id, first);
@@ -222,11 +224,11 @@ ALTER TABLE ONLY sessions.labels
 ALTER TABLE ONLY sessions.sessions
     ADD CONSTRAINT sessions_pkey PRIMARY KEY (ledger_id, session_id);
 
-CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (gin_pending_list_limit='65536');
+CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (fastupdate=off);
 
 CREATE INDEX open_items_by_root ON ledger.open_items USING btree (ledger_id, root_session_id);
 
-CREATE INDEX segments_by_term ON records.segments USING gin (terms) WITH (gin_pending_list_limit='65536');
+CREATE INDEX segments_by_term ON records.segments USING gin (terms) WITH (fastupdate=off);
 
 CREATE INDEX labels_by_state ON sessions.labels USING btree (ledger_id, key, value, state, opened_at, "position");
 

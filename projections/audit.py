@@ -7,7 +7,6 @@ by (`terms.py`) and what facets count. A sealed value is never among them.
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from msgspec import Struct
@@ -71,7 +70,9 @@ class Facets(Struct, kw_only=True, frozen=True):
     is_exact: bool
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory) -> dict[str, Any]:
+async def project(
+    connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
+) -> dict[str, bytes]:
     """What brings the view from just before `batch` to just after it: the values of WRITE."""
     firsts, times, terms = pack(batch, _terms)
     return {"audit_firsts": firsts, "audit_times": times, "audit_terms": terms}

@@ -20,12 +20,13 @@ from msgspec import Struct
 from psycopg_pool import PoolTimeout
 
 from ledger.events import Recorded
-from ledger.postgres import Connection, Pool, queries
+from ledger.postgres import Connection, Pool, Statement, bigint, queries, texts, uuid
 from ledger.store import Stored
 
 log = logging.getLogger(__name__)
 
 SQL = queries("projections", "projector")
+_read = Statement("read", SQL.read)
 
 BATCH_EVENTS_MAX = 1000
 BATCH_BYTES_MAX = 16 * 2**20
@@ -34,7 +35,6 @@ MEMORIES_MAX = 50
 POLL_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 RETRY_PARKED_SECONDS = 60.0
-TIDY_SECONDS = 0.5
 
 REST_SECONDS_MIN = 0.002
 REST_SECONDS_MAX = 0.05
@@ -55,13 +55,14 @@ class View(Protocol):
     """What a view must offer to be projected."""
 
     WRITE: bytes
-    """The parts of a WITH that write the view's rows: each from `advanced AS a` where `a.view` is its name."""
+    """The parts of a WITH that write the view's rows: each from `advanced AS a` where `a.view` is its name. It says
+    the type of every value."""
 
     async def project(
         self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
-    ) -> dict[str, Any]:
-        """What brings the view from just before `batch` to just after it: the values of WRITE, each named as no
-        other view's. May read what the view has, keep in `memory` what it is after the batch, and write nothing."""
+    ) -> dict[str, bytes]:
+        """What brings the view from just before `batch` to just after it: the values of WRITE, packed, each named as
+        no other view's. May read what the view has, keep in `memory` what it is after the batch, and write nothing."""
         ...
 
 
@@ -93,7 +94,7 @@ class Projector:
         self._busy: dict[UUID, bool] = {}
         self._waiting: asyncio.Queue[UUID] = asyncio.Queue()
         self._look = asyncio.Event()
-        self._untidy = False
+        self._writes: dict[tuple[str, ...], Statement] = {}
         self._said: dict[object, str] = {}
 
     async def run(self) -> None:
@@ -106,7 +107,6 @@ class Projector:
         async with asyncio.TaskGroup() as jobs:
             jobs.create_task(self._poll())
             jobs.create_task(self._retry_parked())
-            jobs.create_task(self._tidy())
             if self._listen_to:
                 jobs.create_task(self._listen(self._listen_to))
             for _ in range(LEDGERS_AT_ONCE):
@@ -158,14 +158,6 @@ class Projector:
                         place.parked = False
                     self._wake(ledger_id)
             await asyncio.sleep(RETRY_PARKED_SECONDS)
-
-    async def _tidy(self) -> None:
-        while True:
-            await asyncio.sleep(TIDY_SECONDS)
-            if self._untidy:
-                self._untidy = False
-                with suppress(*TROUBLE):
-                    await self._fetch(SQL.tidy)
 
     async def _fetch(self, query: Any) -> list[tuple[Any, ...]]:
         async with self._pool.connection() as connection:
@@ -237,9 +229,13 @@ class Projector:
         return {name: Place(position, False) for name, position, _ in rows}
 
     async def _read(self, connection: Connection, ledger_id: UUID, after: int, limit: int) -> list[Stored]:
-        values = {"ledger_id": ledger_id, "after": after, "limit": limit, "bytes": BATCH_BYTES_MAX}
-        cursor = await connection.execute(SQL.read, values, prepare=True, binary=True)
-        return [Stored(*row) for row in await cursor.fetchall()]
+        values = {
+            "ledger_id": uuid(ledger_id),
+            "after": bigint(after),
+            "limit": bigint(limit),
+            "bytes": bigint(BATCH_BYTES_MAX),
+        }
+        return [Stored(*row) for row in await _read.fetch(connection, values)]
 
     async def _apply(
         self, connection: Connection, ledger_id: UUID, names: Sequence[str], batch: Sequence[Recorded]
@@ -270,21 +266,18 @@ class Projector:
         self, connection: Connection, ledger_id: UUID, names: Sequence[str], batch: Sequence[Recorded]
     ) -> None:
         reached = batch[-1].position
-        values: dict[str, Any] = {
-            "ledger_id": ledger_id,
-            "views": list(names),
-            "expected": batch[0].position - 1,
-            "reached": reached,
+        values = {
+            "ledger_id": uuid(ledger_id),
+            "views": texts(names),
+            "expected": bigint(batch[0].position - 1),
+            "reached": bigint(reached),
         }
         # Whatever goes wrong from here on, what the views remember is not to be trusted any more.
         memories = {name: self._memories.pop((ledger_id, name), {}) for name in names}
         for name in names:
             values |= await self._views[name].project(connection, ledger_id, batch, memories[name])
-        statement = b", ".join([SQL.advance, *(self._views[name].WRITE for name in names)]) + SQL.advanced
         # Dying before this commits leaves rows and position as they were; after it, both as they are.
-        cursor = await connection.execute(statement, values, prepare=True)
-        row = await cursor.fetchone()
-        if row != (len(names),):
+        if await self._write(names).fetch(connection, values) != [(len(names),)]:
             raise Overtaken
         for name in names:
             self._places[ledger_id][name].position = reached
@@ -292,7 +285,14 @@ class Projector:
                 self._memories[ledger_id, name] = memories[name]
         if len(self._memories) > MEMORIES_MAX:
             del self._memories[next(iter(self._memories))]
-        self._untidy = True
+
+    def _write(self, names: Sequence[str]) -> Statement:
+        """The one write of these views."""
+        key = tuple(names)
+        if key not in self._writes:
+            sql = b", ".join([SQL.advance, *(self._views[name].WRITE for name in names)]) + SQL.advanced
+            self._writes[key] = Statement("write", sql)
+        return self._writes[key]
 
     async def _park(self, connection: Connection, ledger_id: UUID, name: str, failure: Exception) -> None:
         place = self._places[ledger_id][name]

@@ -28,13 +28,13 @@ SELECT position, type, entry, data FROM (
         sum(octet_length(e.entry) + coalesce(octet_length(p.data), 0)) OVER before AS bytes_before
     FROM (
         SELECT ledger_id, position, type, entry FROM ledger.events
-        WHERE ledger_id = %(ledger_id)s AND position > %(after)s
-        ORDER BY position LIMIT %(limit)s
+        WHERE ledger_id = %(ledger_id)s::uuid AND position > %(after)s::bigint
+        ORDER BY position LIMIT %(limit)s::bigint
     ) AS e
     LEFT JOIN ledger.payloads AS p ON p.ledger_id = e.ledger_id AND p.position = e.position
     WINDOW before AS (ORDER BY e.position ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
 ) AS next
-WHERE (bytes_before < %(bytes)s) IS NOT FALSE
+WHERE (bytes_before < %(bytes)s::bigint) IS NOT FALSE
 ORDER BY position
 
 -- name: advance
@@ -44,8 +44,8 @@ ORDER BY position
 -- takes back, it takes back together.
 WITH advanced AS (
     UPDATE projections.positions
-    SET position = %(reached)s, parked_position = NULL, parked_reason = NULL, parked_at = NULL, updated_at = now()
-    WHERE ledger_id = %(ledger_id)s AND view = ANY(%(views)s) AND position = %(expected)s
+    SET position = %(reached)s::bigint, parked_position = NULL, parked_reason = NULL, parked_at = NULL, updated_at = now()
+    WHERE ledger_id = %(ledger_id)s::uuid AND view = ANY(%(views)s::text[]) AND position = %(expected)s::bigint
     RETURNING view, ledger_id, set_config('synchronous_commit', 'off', true)
 )
 
@@ -55,16 +55,7 @@ SELECT count(*) FROM advanced
 -- name: park
 UPDATE projections.positions
 SET parked_position = position + 1, parked_reason = %(reason)s, parked_at = coalesce(parked_at, now())
-WHERE ledger_id = %(ledger_id)s AND view = %(view)s AND position = %(expected)s
+WHERE ledger_id = %(ledger_id)s::uuid AND view = %(view)s AND position = %(expected)s::bigint
 
 -- name: parked
 SELECT DISTINCT ledger_id FROM projections.positions WHERE view = ANY(%(views)s) AND parked_position IS NOT NULL
-
--- name: tidy
--- Sort what was written into the inverted indexes, beside the writes: see migrations/0003.
-SELECT gin_clean_pending_list(i.indexrelid)
-FROM pg_index AS i
-JOIN pg_class AS c ON c.oid = i.indexrelid
-JOIN pg_am AS m ON m.oid = c.relam
-JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE m.amname = 'gin' AND n.nspname = ANY(%(views)s)

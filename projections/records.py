@@ -6,7 +6,6 @@ is found by (`terms.py`). What is shown is read from the ledger and made by `led
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from msgspec import Struct
@@ -62,7 +61,9 @@ class Page(Struct, kw_only=True, frozen=True):
     next: int | None
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory) -> dict[str, Any]:
+async def project(
+    connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
+) -> dict[str, bytes]:
     """What brings the view from just before `batch` to just after it: the values of WRITE."""
     firsts, times, terms = pack(batch, _terms)
     return {"record_firsts": firsts, "record_times": times, "record_terms": terms}

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from psycopg import sql
@@ -48,7 +48,7 @@ _PLACE, _WEIGHT_B = 0x3FFF, 0x8000
 # From events to segments
 
 
-def pack(batch: Sequence[Recorded], terms_of: Callable[[Event[Fact]], set[bytes]]) -> tuple[Any, Any, Any]:
+def pack(batch: Sequence[Recorded], terms_of: Callable[[Event[Fact]], set[bytes]]) -> tuple[bytes, bytes, bytes]:
     """The segments of `batch`, as columns: first position, times of all events from there on, terms.
 
     An event without terms is in no segment, though its time may be.

@@ -7,7 +7,7 @@ stay sealed.
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -58,7 +58,9 @@ class Due(NamedTuple):
     deadline: Stamp
 
 
-async def project(connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory) -> dict[str, Any]:
+async def project(
+    connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
+) -> dict[str, bytes]:
     """What brings the view from just before `batch` to just after it: the values of WRITE.
 
     It remembers the sessions that are not at their end, each with the position of its opening.
@@ -92,7 +94,7 @@ async def _load(connection: Connection, ledger_id: UUID, session_ids: set[UUID])
     return {session.session_id: (position, session) for position, session in rows}
 
 
-def _session_rows(states: dict[UUID, tuple[int, Session]]) -> dict[str, Any]:
+def _session_rows(states: dict[UUID, tuple[int, Session]]) -> dict[str, bytes]:
     sessions = [session for _, session in states.values()]
     return {
         "session_ids": uuids(states),
@@ -105,7 +107,7 @@ def _session_rows(states: dict[UUID, tuple[int, Session]]) -> dict[str, Any]:
     }
 
 
-def _label_rows(moved: list[tuple[int, Session]]) -> dict[str, Any]:
+def _label_rows(moved: list[tuple[int, Session]]) -> dict[str, bytes]:
     labelled = {
         (session.session_id, _column(key), _column(value)): (session, position)
         for position, session in moved

@@ -12,8 +12,8 @@ session_rows AS (
         a.ledger_id, s.session_id, s.position, s.opened_at::timestamptz, s.expires_at::timestamptz,
         s.state, s.agent_role, s.session
     FROM advanced AS a, unnest(
-        %(session_ids)s, %(session_positions)s, %(session_opened_ats)s, %(session_expires_ats)s,
-        %(session_states)s, %(session_roles)s, %(sessions)s
+        %(session_ids)s::uuid[], %(session_positions)s::bigint[], %(session_opened_ats)s::text[], %(session_expires_ats)s::text[],
+        %(session_states)s::text[], %(session_roles)s::text[], %(sessions)s::bytea[]
     ) AS s (session_id, position, opened_at, expires_at, state, agent_role, session)
     WHERE a.view = 'sessions'
     ON CONFLICT (ledger_id, session_id) DO UPDATE
@@ -22,8 +22,8 @@ session_rows AS (
     INSERT INTO sessions.labels (ledger_id, key, value, opened_at, position, session_id, state, agent_role)
     SELECT a.ledger_id, l.key, l.value, l.opened_at::timestamptz, l.position, l.session_id, l.state, l.agent_role
     FROM advanced AS a, unnest(
-        %(label_keys)s, %(label_values)s, %(label_opened_ats)s, %(label_positions)s, %(label_session_ids)s,
-        %(label_states)s, %(label_roles)s
+        %(label_keys)s::text[], %(label_values)s::text[], %(label_opened_ats)s::text[], %(label_positions)s::bigint[], %(label_session_ids)s::uuid[],
+        %(label_states)s::text[], %(label_roles)s::text[]
     ) AS l (key, value, opened_at, position, session_id, state, agent_role)
     WHERE a.view = 'sessions'
     ON CONFLICT (ledger_id, key, value, opened_at, position) DO UPDATE SET state = excluded.state
