@@ -226,12 +226,16 @@ async def _item_answer(call: Call, command_id: str | None, verdict: Receipt | Mu
 
 
 async def _one(call: Call, body: bytes, named: type[Command] | None, target: str | None) -> Answer:
+    said = headers_said(call.headers)
+    if said is not None and said.idempotency_key is not UNSET:
+        call.command_id = said.idempotency_key
     command = read_command(body or b"{}", named)
     if target is not None:
         agree(command, target, call.path_id(target, command.stream_type), "the path")
-    said = headers_said(call.headers)
     if said is not None:
         apply(said, command)
+    if command.command_id is not UNSET:
+        call.command_id = command.command_id
     (verdict,) = await _submit(call, [command], said)
     if isinstance(verdict, MunimentError):
         raise verdict

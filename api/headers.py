@@ -73,22 +73,22 @@ def headers_said(headers: Headers) -> CommandHeaders | None:
     return said
 
 
-def agree(command: Command, field: str, value: Any, header: str) -> None:
+def agree(command: Command, field: str, value: Any, where: str) -> None:
     """Have `command` say `value`. Raises MalformedRequest if it says something else already."""
     own = getattr(command, field)
     if own is UNSET:
         setattr(command, field, value)
     elif own != value:
-        detail = f"it is {own}, and the header {header} says {value}: make them agree, or send one of them"
+        detail = f"it is {own}, and {where} says {value}: make them agree, or send one of them"
         raise MalformedRequest([{"pointer": f"/{field}", "detail": detail}])
 
 
 def apply(said: CommandHeaders, command: Command) -> None:
     if said.idempotency_key is not UNSET:
-        agree(command, "command_id", said.idempotency_key, "Idempotency-Key")
+        agree(command, "command_id", said.idempotency_key, "the header Idempotency-Key")
     if said.if_match is not UNSET and said.if_match != "*":  # `*`: it exists, or the answer is 404 anyway
-        agree(command, "expected_version", int(said.if_match[1:-1]), "If-Match")
+        agree(command, "expected_version", int(said.if_match[1:-1]), "the header If-Match")
     if said.correlation_id is not UNSET:
-        agree(command, "correlation_id", said.correlation_id, "Correlation-Id")
+        agree(command, "correlation_id", said.correlation_id, "the header Correlation-Id")
     if said.causation_id is not UNSET:
-        agree(command, "causation_id", said.causation_id, "Causation-Id")
+        agree(command, "causation_id", said.causation_id, "the header Causation-Id")

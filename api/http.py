@@ -102,17 +102,20 @@ class Operation(Struct, frozen=True, kw_only=True):
 class Call:
     """One request on its way: who calls, what was sent, and the ledger that it is about."""
 
-    __slots__ = ("api", "caller", "headers", "ledger_id", "scope")
+    __slots__ = ("api", "caller", "command_id", "headers", "ledger_id", "scope")
 
     api: Api
     caller: Caller
     headers: Headers
     ledger_id: UUID | None
+    command_id: str | None
+    """What its sender calls the command, once that was read."""
 
     def __init__(self, scope: HTTPScope) -> None:
         self.scope = scope
         self.api = scope["litestar_app"].state._state["api"]
         self.ledger_id = None
+        self.command_id = None
 
     async def answer(self, work: Callable[["Call"], Awaitable[Answer]]) -> Answer:
         """What `work` answers, or the problem that it met; with the id of the ledger it is about."""
@@ -120,6 +123,8 @@ class Call:
             answer = await work(self)
         except Exception as raised:  # noqa: BLE001 - whatever it is, the caller gets a problem and the log the rest
             answer = refuse(as_error(raised, self.scope["method"], self.scope["path"]))
+            if self.command_id is not None:
+                answer.headers.append((b"command-id", self.command_id.encode()))
         if self.ledger_id is not None:
             answer.headers.append((b"ledger-id", str(self.ledger_id).encode()))
         return answer

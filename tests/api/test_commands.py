@@ -191,6 +191,23 @@ async def test_duplicates_at_once_through_two_processes_happen_once(
     assert len(check_ledger(database.owner)["demo"]) == 1
 
 
+async def test_an_answer_that_is_not_recorded_says_which_command_it_is_for(client: httpx.AsyncClient) -> None:
+    path = f"/sessions/{(await opened(client))['session_id']}"
+    named = {"Idempotency-Key": "k-1"}
+    unrecorded = {
+        400: await client.put(path, json={"status": "nothing"}, headers=named),
+        404: await client.put(f"/sessions/{uuid4()}", json={"command_id": "k-1"}),
+        412: await client.put(path, json={"status": "active"}, headers=named | {"If-Match": '"7"'}),
+    }
+    for status, answer in unrecorded.items():
+        assert (answer.status_code, answer.headers["command-id"]) == (status, "k-1")
+    await client.post("/sessions", json=OPEN, headers=named)
+    reused = await client.post("/commands", json={"type": "Record", "kind": "a", "command_id": "k-1"})
+    assert (reused.status_code, reused.headers["command-id"]) == (422, "k-1")
+    for body in ({"status": "nothing"}, {"status": "nothing", "command_id": "k-2"}):
+        assert "command-id" not in (await client.put(path, json=body)).headers
+
+
 async def test_two_principals_do_not_share_ids(client: httpx.AsyncClient, token: Token) -> None:
     mine = await client.post("/sessions", json=OPEN, headers={"Idempotency-Key": "k-1"})
     theirs = await client.post("/sessions", json=OPEN, headers={"Idempotency-Key": "k-1"} | token("agent", subject="b"))
@@ -286,8 +303,10 @@ async def test_a_target_in_the_body_must_be_the_one_in_the_path(client: httpx.As
     session_id = (await opened(client))["session_id"]
     same = await client.put(f"/sessions/{session_id}", json={"session_id": session_id, "status": "active"})
     assert same.status_code == 200
-    response = await client.put(f"/sessions/{session_id}", json={"session_id": str(uuid4()), "status": "active"})
-    assert problem_of(response)["errors"][0]["pointer"] == "/session_id"
+    other = str(uuid4())
+    response = await client.put(f"/sessions/{session_id}", json={"session_id": other, "status": "active"})
+    detail = f"it is {other}, and the path says {session_id}: make them agree, or send one of them"
+    assert problem_of(response)["errors"] == [{"pointer": "/session_id", "detail": detail}]
 
 
 @pytest.mark.parametrize(
