@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from api.events import Events, Found, find, show
+from api.events import Events, Found, find, no_events, show
 from api.http import Answer, Call
 from api.reading import fresh, given, reading, seen
 from projections import audit
@@ -36,7 +36,7 @@ NOTHING = audit.Facets(types={}, actors={}, counted=0, is_exact=True)
     query=SearchQuery,
     answers={200: SearchPage},
     sends=("Ledger-Position", "View-Behind"),
-    empty=lambda query: {"events": [], "next": None, "facets": NOTHING if query.facets else None},
+    empty=lambda call, query: no_events(call, query, facets=NOTHING if query.facets else None),
 )
 async def search_audit(call: Call, query: SearchQuery) -> Answer:
     """Find events by words and filters. Personal values are not searched."""

@@ -119,6 +119,11 @@ def stretch(query: Listed, head: int) -> Page:
     return Page(range(last, first - 1, -1), first > 1)
 
 
+async def no_events(call: Call, query: Listed, **beside: Any) -> Answer:
+    """What a project without a ledger has, in the form that is asked for."""
+    return await show(call, Page((), False), [], **beside)
+
+
 async def show(call: Call, page: Page, headers: list[tuple[bytes, bytes]], **beside: Any) -> Answer:
     """A page in the form that is asked for; in JSON with what belongs `beside` it."""
     shown: list[tuple[int, bytes]] = []
@@ -147,8 +152,8 @@ async def show(call: Call, page: Page, headers: list[tuple[bytes, bytes]], **bes
 
 async def _read(call: Call, positions: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
     """The events at these positions, in this order, a few at a time."""
-    assert call.ledger_id is not None
     for begin in range(0, len(positions), FETCH_EVENTS):
+        assert call.ledger_id is not None
         wanted = positions[begin : begin + FETCH_EVENTS]
         async with call.connection() as connection:
             stored = await store.read_positions(connection, call.ledger_id, wanted)
@@ -234,7 +239,7 @@ SENDS = ("Ledger-Position", "View-Behind", "Link")
     query=Found,
     answers={200: FORMS},
     sends=SENDS,
-    empty=lambda _: {"events": [], "next": None},
+    empty=no_events,
 )
 async def list_events(call: Call, query: Found) -> Answer:
     """The audit trail: every event of the project, oldest first unless `order` says otherwise.

@@ -14,7 +14,7 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from api import resources
-from api.http import READ, Answer, Call, Operation, convert, encode
+from api.http import READ, Answer, Call, Operation, convert
 from api.resources import Resource
 from ledger import errors
 from ledger.errors import MalformedRequest, NotFound
@@ -91,7 +91,7 @@ def reading(
     query: type[Q] = NoParameters,  # type: ignore[assignment]
     headers: type[Struct] | None = None,
     sends: tuple[str, ...] = (),
-    empty: Callable[[Q], dict[str, Any]] | None = None,
+    empty: Work[Q] | None = None,
 ) -> Callable[[Work[Q]], HTTPRouteHandler]:
     """Make a GET route (and HEAD), for callers who may read, of a function of the call and its parameters.
 
@@ -111,7 +111,9 @@ def reading(
             wanted = getattr(parameters, "min_position", UNSET)
             if wanted is not UNSET and wanted > 0:
                 raise errors.ViewBehind(view=function.__name__, position=0, wanted=wanted)
-            return Answer(200, encode(empty(parameters)))
+            answer = await empty(call, parameters)
+            answer.headers.append((b"ledger-position", b"0"))
+            return answer
 
         async def handler(request: Request[Any, Any, Any]) -> Answer:
             return await Call(request.scope).answer(work)

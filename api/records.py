@@ -40,13 +40,17 @@ class RecordPage(Struct, kw_only=True):
     next: str | None
 
 
+async def _no_records(call: Call, query: RecordQuery) -> Answer:
+    return Answer(200, encode({"records": [], "next": None}))
+
+
 @reading(
     "/records",
     tag="records",
     query=RecordQuery,
     answers={200: RecordPage},
     sends=("Ledger-Position", "View-Behind"),
-    empty=lambda _: {"records": [], "next": None},
+    empty=_no_records,
 )
 async def list_records(call: Call, query: RecordQuery) -> Answer:
     """Records, newest first unless `order` says otherwise."""

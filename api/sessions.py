@@ -1,6 +1,6 @@
 """Sessions over HTTP."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from uuid import UUID
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -48,9 +48,13 @@ class SessionPage(Struct, kw_only=True):
     next: str | None
 
 
-def _no_sessions(query: SessionQuery) -> dict[str, Any]:
-    counted = {"total": 0, "total_is_exact": True, "page": query.page, "page_size": query.page_size}
-    return {"sessions": [], **counted, "next": None}
+async def _no_sessions(call: Call, query: SessionQuery) -> Answer:
+    counted = {"total": 0, "total_is_exact": True, "page": query.page, "page_size": _page_size(query)}
+    return Answer(200, encode({"sessions": [], **counted, "next": None}))
+
+
+def _page_size(query: SessionQuery) -> int:
+    return query.page_size if query.limit is UNSET else query.limit
 
 
 @reading(
@@ -63,7 +67,7 @@ def _no_sessions(query: SessionQuery) -> dict[str, Any]:
 )
 async def list_sessions(call: Call, query: SessionQuery) -> Answer:
     """Sessions, newest first."""
-    page_size = query.page_size if query.limit is UNSET else query.limit
+    page_size = _page_size(query)
     if query.after is not UNSET and query.page != 1:
         raise MalformedRequest([{"pointer": "page", "detail": "`after` says where to go on; send one of them"}])
     at = await fresh(call, "sessions", query)

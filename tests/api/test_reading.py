@@ -141,9 +141,19 @@ async def test_a_project_without_a_ledger_is_empty(client: httpx.AsyncClient) ->
     for path, name in (("/sessions", "sessions"), ("/records", "records"), ("/events", "events")):
         answer = await client.get(path)
         assert (answer.json()[name], answer.json()["next"]) == ([], None)
+        assert answer.headers["ledger-position"] == "0"
         assert "ledger-id" not in answer.headers
         assert (await client.get(path, params={"min_position": 1})).status_code == 503
-    assert (await client.get("/audit/search", params={"q": "x"})).json()["facets"]["counted"] == 0
+    assert (await got(client, "/sessions", limit=7))["page_size"] == 7
+    assert (await got(client, "/audit/search", q="x"))["facets"]["counted"] == 0
+    assert (await got(client, "/audit/search", facets=False))["facets"] is None
+    for path in ("/events", "/audit/search"):
+        lines = await client.get(path, headers={"Accept": "application/x-ndjson"})
+        assert (lines.headers["content-type"], lines.content) == ("application/x-ndjson", b"")
+        table = await client.get(path, headers={"Accept": "text/csv"})
+        assert table.headers["content-type"] == "text/csv; charset=utf-8; header=present"
+        assert table.text.startswith("position,recorded_at,")
+        assert table.text.count("\r\n") == 1
     assert (await client.get(f"/sessions/{uuid4()}")).status_code == 404
 
 
