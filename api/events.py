@@ -187,7 +187,7 @@ async def _readable(call: Call, stored: Sequence[Stored]) -> list[bytes]:
 def _form(accept: bytes) -> bytes:
     """The form that is preferred (RFC 9110 s12.5.1); JSON where none of ours is named."""
     best, weight = JSON, 0.0
-    for part in accept.split(b","):
+    for part in accept.lower().split(b","):
         name, *parameters = [piece.strip() for piece in part.split(b";")]
         quality = next((p[2:] for p in parameters if p.startswith(b"q=")), b"1")
         try:

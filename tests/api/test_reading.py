@@ -369,6 +369,8 @@ async def test_a_table_runs_no_formula(client: httpx.AsyncClient) -> None:
         ("application/x-ndjson;q=0, application/json", "application/json"),
         ("text/csv;q=0.2, application/x-ndjson;q=0.3", "application/x-ndjson"),
         ("text/csv;q=x", "application/json"),
+        ("Application/X-NDJSON", "application/x-ndjson"),
+        ("TEXT/CSV;Q=0.2, Application/X-NDJSON;Q=0.3", "application/x-ndjson"),
     ],
 )
 async def test_the_form_is_the_preferred_one(client: httpx.AsyncClient, accept: str, form: str) -> None:
