@@ -2,6 +2,7 @@
 
 import base64
 import hmac
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from api import auth
 from api.auth import DEVELOPMENT_ISSUER, Caller, Tokens, development_token, development_verifier, key_path
+from api.http import encode
+from api.problems import problem
 from ledger.errors import Unauthenticated
 from ledger.project_key import UnusableKey
 
@@ -35,7 +38,7 @@ def bearer(token: str) -> bytes:
 def signed(keys: Path, claims: dict[str, Any], key: bytes | None = None) -> str:
     """A token with any claims at all, which the library would not make."""
     development_token(keys, project="demo", subject="x")
-    content = b".".join(_part(msgspec.json.encode(part)) for part in ({"alg": "HS256", "typ": "JWT"}, claims))
+    content = b".".join(_part(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims))
     return b".".join([content, _part(hmac.digest(key or key_path(keys).read_bytes(), content, "sha256"))]).decode()
 
 
@@ -108,6 +111,10 @@ def test_what_is_no_token_is_refused(tokens: Tokens, header: bytes | None) -> No
         {"sub": "a\n"},
         {"sub": "x" * 256},
         {"sub": 7},
+        {"sub": "\ud800"},
+        {"roles": ["agent", "a\udfff"]},
+        {"kind": "\ud800"},
+        {"iss": "\ud800"},
         {"project": None},
         {"project": "../etc"},
         {"project": "demo\n"},
@@ -119,8 +126,9 @@ def test_what_is_no_token_is_refused(tokens: Tokens, header: bytes | None) -> No
 )
 def test_claims_that_cannot_be_meant_are_refused(keys: Path, tokens: Tokens, change: dict[str, Any]) -> None:
     claims = {name: value for name, value in (CLAIMS | change).items() if value is not None}
-    with pytest.raises(Unauthenticated):
+    with pytest.raises(Unauthenticated) as refused:
         tokens.caller(bearer(signed(keys, claims)))
+    assert encode(problem(refused.value))
 
 
 def test_a_token_signed_otherwise_is_refused(keys: Path, tokens: Tokens) -> None:
@@ -169,7 +177,15 @@ def test_only_so_many_tokens_are_remembered(keys: Path, tokens: Tokens, monkeypa
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"project": "No"}, {"subject": ""}, {"kind": "system"}, {"roles": ["a" * 256]}, {"project": "a\n"}]
+    "wrong",
+    [
+        {"project": "No"},
+        {"subject": ""},
+        {"kind": "system"},
+        {"roles": ["a" * 256]},
+        {"project": "a\n"},
+        {"subject": "\ud800"},
+    ],
 )
 def test_a_token_that_no_server_would_accept_is_not_made(keys: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(msgspec.ValidationError):
