@@ -13,6 +13,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from api.http import Headers, convert
 from ledger.commands import Command, CommandId
 from ledger.errors import MalformedRequest
+from ledger.events import ONE_LINE
 
 
 class CommandHeaders(
@@ -39,9 +40,7 @@ class CommandHeaders(
     correlation_id: (
         Annotated[
             str,
-            Meta(
-                min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", description="What this belongs to."
-            ),
+            Meta(min_length=1, max_length=128, pattern=ONE_LINE, description="What this belongs to."),
         ]
         | UnsetType
     ) = UNSET
