@@ -15,6 +15,8 @@ from ledger.commands import Command, CommandId
 from ledger.errors import MalformedRequest
 from ledger.events import ONE_LINE
 
+_IF_MATCH = r'^(\*|"[0-9]{1,15}")$(?!\n)'
+
 
 class CommandHeaders(
     Struct,
@@ -32,9 +34,7 @@ class CommandHeaders(
         Annotated[CommandId, Meta(description="The command id: sent again, it is done once.")] | UnsetType
     ) = UNSET
     if_match: (
-        Annotated[
-            str, Meta(pattern=r'^(\*|"[0-9]{1,15}")$(?!\n)', description="The ETag you last saw.", examples=['"3"'])
-        ]
+        Annotated[str, Meta(pattern=_IF_MATCH, description="The ETag you last saw, or `*`.", examples=['"3"'])]
         | UnsetType
     ) = UNSET
     correlation_id: (
@@ -66,6 +66,10 @@ def headers_said(headers: Headers) -> CommandHeaders | None:
     key = sent.get("Idempotency-Key", "")
     if len(key) > 1 and key[0] == key[-1] == '"':
         sent["Idempotency-Key"] = key[1:-1]
+    if not re.match(_IF_MATCH, sent.get("If-Match", "*")):
+        # RFC 9110 s13.1.1 knows lists and weak tags too, but a command expects one version, which these do not say.
+        detail = 'it is one ETag as it was given, such as "3", or *: no list, and no weak tag, which never matches'
+        raise MalformedRequest([{"pointer": "If-Match", "detail": detail}])
     said = convert(sent, CommandHeaders)
     if said.traceparent is not UNSET and not _TRACEPARENT.fullmatch(said.traceparent):
         said.traceparent = UNSET  # W3C Trace Context s3.2.2.3: what cannot be parsed is not there

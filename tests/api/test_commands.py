@@ -277,6 +277,9 @@ async def test_if_match_holds_a_command_to_the_version_it_was_meant_for(client: 
     again = await client.put(path, json=change, headers={"If-Match": '"7"'})
     assert (again.status_code, again.headers["idempotent-replayed"]) == (200, "true")
     assert (await client.put(path, json={"task_id": "x"}, headers={"If-Match": "*"})).status_code == 200
+    for several in ('W/"3"', '"3", "4"', "3"):
+        unclear = problem_of(await client.put(path, json={"task_id": "y"}, headers={"If-Match": several}))
+        assert unclear["errors"][0]["detail"].startswith("it is one ETag as it was given")
 
 
 async def test_what_a_command_belongs_to_comes_from_headers_too(client: httpx.AsyncClient, database: Database) -> None:
