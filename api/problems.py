@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from psycopg.errors import InvalidSchemaName, UndefinedColumn, UndefinedFunction, UndefinedTable
 
 from ledger.errors import (
     ERRORS,
@@ -95,6 +96,9 @@ def as_error(raised: Exception, method: str, path: str) -> MunimentError:
         case UnusableKey():
             log.error("%s %s: %s", method, path, raised)
             return StoreUnavailable(why="The key of this project is not usable here; its operator must act")
+        case UndefinedTable() | UndefinedColumn() | UndefinedFunction() | InvalidSchemaName():
+            log.error("%s %s: the database is not of this release: %s", method, path, raised)
+            return StoreUnavailable(why="The database is not set up for this release: run `muniment migrate`")
         case BrokenSeal():
             log.error("%s %s: %s", method, path, raised)
             return InternalError(why="A sealed value in this answer was altered, or moved from another place")

