@@ -15,7 +15,7 @@ from ledger.events import Event, Fact, Recorded
 from ledger.postgres import Connection, queries
 from projections.projector import Memory
 from projections.segments import Index, Order, pack
-from projections.terms import Condition, event_terms, event_words, has, has_actor, has_words, id_term, term
+from projections.terms import Condition, event_terms, event_words, has, has_actor, has_stream, has_words, place_terms
 
 WRITE = queries("projections", "audit").write
 
@@ -47,12 +47,13 @@ class Filter(Struct, kw_only=True, frozen=True):
         """The filter in the terms of the index, but for its times. Raises MalformedRequest for a `q` without words."""
         named = {
             "type": self.type,
-            "stream": self.stream,
             "session": self.session,
             "ref": self.ref,
             "correlation": self.correlation,
         }
         conditions = [has(kind, value) for kind, value in named.items() if value is not None]
+        if self.stream is not None:
+            conditions.append(has_stream(self.stream))
         if self.actor is not None:
             conditions.append(has_actor(self.actor))
         return conditions if self.q is None else [*conditions, *has_words(self.q)]
@@ -80,10 +81,7 @@ async def project(
 
 def _terms(event: Event[Fact]) -> set[bytes]:
     terms = event_words(event)
-    terms |= event_terms(event)
-    terms.add(term("type", event.type))
-    terms.add(id_term("stream", event.stream_id))
-    terms.add(term("correlation", event.correlation_id))
+    terms.update(event_terms(event), place_terms(event))
     return terms
 
 

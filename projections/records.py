@@ -16,7 +16,7 @@ from ledger.postgres import Connection, queries
 from ledger.record import RecordedFact
 from projections.projector import Memory
 from projections.segments import Index, Order, pack
-from projections.terms import Condition, event_terms, has, has_actor, id_term, term
+from projections.terms import Condition, common_term, event_terms, has, has_actor, id_term, term
 
 WRITE = queries("projections", "records").write
 
@@ -73,11 +73,13 @@ def _terms(event: Event[Fact]) -> set[bytes]:
     data = event.data
     if not isinstance(data, FactRecorded):
         return set()
-    ids = {"task": data.task_id, "approval": data.approval_id, "parent": data.parent_record_id}
-    names = {"kind": data.kind, "status": data.status, "external": event.external_id}
-    terms = event_terms(event)
-    terms.update([id_term(kind, value) for kind, value in ids.items() if value is not None])
-    terms.update([term(kind, value) for kind, value in names.items() if value is not None])
+    terms = {*event_terms(event), common_term("kind", data.kind)}
+    if data.status is not None:
+        terms.add(common_term("status", data.status))
+    if event.external_id is not None:
+        terms.add(term("external", event.external_id))
+    ids = (("task", data.task_id), ("approval", data.approval_id), ("parent", data.parent_record_id))
+    terms.update([id_term(kind, value) for kind, value in ids if value is not None])
     return terms
 
 

@@ -62,32 +62,32 @@ def pack(batch: Sequence[Recorded], terms_of: Callable[[Event[Fact]], set[bytes]
 
 
 def _rows(events: list[Recorded], found: list[set[bytes]]) -> list[tuple[int, str, bytes]]:
-    places: dict[bytes, bytes] = defaultdict(bytes)
+    places: dict[bytes, list[bytes]] = defaultdict(list)
     for place, terms in zip(_PLACES, found, strict=False):
         if terms:
-            places[EVERY] += place
+            places[EVERY].append(place)
         for term in terms:
-            places[term] += place
+            places[term].append(place)
     if not places:
         return []
     position, first = events[0]
-    for term in _place(first.ledger, position >> SPAN_BITS[0]):
-        places[term] = b""
-    vector = _vector(places)
+    vector = _vector(places, _place(first.ledger, position >> SPAN_BITS[0]))
     if len(vector) > SEGMENT_BYTES_MAX and len(events) > 1:
         middle = len(events) // 2
         return _rows(events[:middle], found[:middle]) + _rows(events[middle:], found[middle:])
     return [(position, f"{{{','.join([event.recorded_at for _, event in events])}}}", vector)]
 
 
-def _vector(places: dict[bytes, bytes]) -> bytes:
+def _vector(places: dict[bytes, list[bytes]], spans: Sequence[bytes]) -> bytes:
     """As PostgreSQL receives one: each lexeme up to a NUL, the number of its positions, these (`tsvectorrecv`)."""
-    for term in places:
+    parts = [_length(len(places) + len(spans))]
+    for term, at in places.items():
         if term.startswith(COUNTED):
-            weighted = [place | _WEIGHT_B for place in _unpacked(places[term])]
-            places[term] = struct.pack(f">{len(weighted)}H", *weighted)
-    lexemes = [b"%b\0%b%b" % (term, _count(len(at) // 2), at) for term, at in places.items()]
-    return _length(len(lexemes)) + b"".join(lexemes)
+            at = [_count(place | _WEIGHT_B) for place in _unpacked(b"".join(at))]
+        parts += (term, b"\0", _count(len(at)), *at)
+    for term in spans:
+        parts += (term, b"\0\0\0")
+    return b"".join(parts)
 
 
 def _unpacked(places: bytes) -> tuple[int, ...]:

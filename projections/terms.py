@@ -28,6 +28,9 @@ QUERY_WORDS_MAX = 32
 TERM_BYTES_MAX = 2000
 """PostgreSQL's lexemes have 2,046 bytes at most."""
 
+OF_THE_SESSION = b"^session"
+"""The term of an event whose stream is its session: that has no term of its own."""
+
 _uuid = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LETTERS = bytes(ord(chr(code).lower()) if chr(code).isalnum() else ord(" ") for code in range(128)).ljust(256)
 # Chinese and Japanese put no spaces between words: there each character is one.
@@ -61,7 +64,6 @@ def _pieces(word: str) -> Iterator[bytes]:
         yield word[at : at + WORD_CHARACTERS_MAX].encode()
 
 
-@lru_cache(10_000)
 def term(kind: str, value: str) -> bytes:
     """The term of one value; where that is too long for the index, its digest stands for it."""
     encoded = f"{kind}:{value}".replace("\0", "\ufffd").encode()
@@ -70,24 +72,36 @@ def term(kind: str, value: str) -> bytes:
     return f"{kind}:{blake2b(encoded, digest_size=32).hexdigest()}".encode()
 
 
+common_term = lru_cache(1000)(term)
+"""As `term`, of a value that many events have."""
+
+
 def id_term(kind: str, value: UUID) -> bytes:
     """The term of one id."""
     return f"{kind}:{value.hex}".encode()
 
 
-def event_terms(event: Event[Fact]) -> set[bytes]:
+def event_terms(event: Event[Fact]) -> list[bytes]:
     """What every event is found by, whatever it says: whose it is, what it is about."""
-    terms = set(_actor_terms(event.actor.issuer, event.actor.sub))
+    terms = [common_term("actor", event.actor.sub), _principal(event.actor.issuer, event.actor.sub)]
     if event.session_id is not None:
-        terms.add(id_term("session", event.session_id))
+        terms.append(id_term("session", event.session_id))
     if event.refs:
-        terms.update([term("ref", f"{ref.type}:{ref.id}") for ref in event.refs])
+        terms += [term("ref", f"{ref.type}:{ref.id}") for ref in event.refs]
     return terms
 
 
 @lru_cache(1000)
-def _actor_terms(issuer: str, sub: str) -> tuple[bytes, ...]:
-    return term("actor", sub), term("principal", f"{issuer}#{sub}")
+def _principal(issuer: str, sub: str) -> bytes:
+    return term("principal", f"{issuer}#{sub}")
+
+
+def place_terms(event: Event[Fact]) -> list[bytes]:
+    """Which history an event is part of, what it is, what led to it: these too every event is found by."""
+    correlation = term("correlation", event.correlation_id)
+    if event.stream_id == event.session_id:
+        return [common_term("type", event.type), correlation, OF_THE_SESSION]
+    return [common_term("type", event.type), correlation, id_term("stream", event.stream_id)]
 
 
 def event_words(event: Event[Fact]) -> set[bytes]:
@@ -96,17 +110,19 @@ def event_words(event: Event[Fact]) -> set[bytes]:
     values: list[Any] = [getattr(data, name) for name in _said(type(data))]
     values += [event.external_id, event.reason, *event.refs, *getattr(data, "labels", ())]
     texts: list[str] = [event.type, event.actor.sub]
-    whole: list[bytes] = []
-    for name in (event.command_id, event.correlation_id):
-        word = name.encode()  # most are UUIDs, each of which is kept as one word
-        if _uuid.fullmatch(word):
-            whole.append(word)
-        else:
-            texts.append(name)
+    # Most are UUIDs, each of which is kept as one word; that of the correlation is found by its term.
+    whole = event.command_id.encode()
+    if not _uuid.fullmatch(whole):
+        texts.append(event.command_id)
+        whole = b""
+    if not _uuid.fullmatch(event.correlation_id.encode()):
+        texts.append(event.correlation_id)
     for value in values:  # it grows as we go: what lies near the surface comes first, however deep the rest
         kind = type(value)
         if kind is str:
             texts.append(value)
+        elif value is None:
+            pass
         elif kind is dict:
             if SEALED not in value and ERASED not in value:
                 values += value.values()
@@ -115,7 +131,8 @@ def event_words(event: Event[Fact]) -> set[bytes]:
         elif isinstance(value, Struct):
             values += [getattr(value, name) for name in value.__struct_fields__]
     found = words("\n".join(texts)[:TEXT_CHARACTERS_MAX])
-    found.update(whole)
+    if whole:
+        found.add(whole)
     return found
 
 
@@ -130,6 +147,11 @@ def _said(kind: type[Fact]) -> tuple[str, ...]:
 def has(kind: str, value: str | UUID) -> Condition:
     """That an event has this term."""
     return ((id_term(kind, value) if isinstance(value, UUID) else term(kind, value),),)
+
+
+def has_stream(stream_id: UUID) -> Condition:
+    """That an event is part of the history of this."""
+    return (id_term("stream", stream_id),), (id_term("session", stream_id), OF_THE_SESSION)
 
 
 def has_actor(actor: str) -> Condition:
@@ -153,4 +175,5 @@ def has_words(text: str) -> list[Condition]:
 
 def _has_id(name: bytes) -> Condition:
     value = UUID(name.decode())
-    return ((name,), (id_term("stream", value),), (id_term("session", value),), tuple(sorted(words(str(value)))))
+    named = (term("correlation", str(value)), id_term("session", value), id_term("stream", value))
+    return (name,), *((one,) for one in named), tuple(sorted(words(str(value))))
