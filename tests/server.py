@@ -79,6 +79,12 @@ class Server:
                 assert all(process.poll() is None for process in self._processes), "a process ended while it started"
                 time.sleep(0.02)
 
+    def stop(self) -> list[int]:
+        """Ask every process to end, and return how each did."""
+        for process in self._processes:
+            process.terminate()
+        return [process.wait() for process in self._processes]
+
     def kill(self) -> None:
         """End every process at once, without a chance to finish anything."""
         for process in self._processes:
