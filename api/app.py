@@ -100,6 +100,10 @@ class Application(Litestar):
         answer: Coroutine[Any, Any, None] = submission(known, receive, send)
         return answer
 
+    def end_waits(self) -> None:
+        """Have those who wait for a change answered at once; it may be called from a signal handler."""
+        self.state.api.ending = True
+
 
 def options(routes: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
     """OPTIONS for every address: what is possible there. Litestar's own knows one route of several."""
@@ -118,7 +122,7 @@ def options(routes: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
     return [handler_of(path, methods) for path, methods in possible.items()]
 
 
-def create_app(settings: Settings | None = None) -> Litestar:
+def create_app(settings: Settings | None = None) -> Application:
     """The API as an ASGI application; settings come from the environment unless given."""
     known = settings or Settings.from_environment(os.environ)
     routes = [route for module in RESOURCES for route in module.ROUTES]

@@ -50,7 +50,7 @@ _ONCE = frozenset(
 encode = msgspec.json.Encoder().encode
 
 
-class Api(Struct, frozen=True, kw_only=True):
+class Api(Struct, kw_only=True):
     """What every route works with; made once a process, in `api.app`."""
 
     pool: Pool
@@ -59,6 +59,8 @@ class Api(Struct, frozen=True, kw_only=True):
     tokens: Tokens
     copy: Copy | None
     creates_ledgers: bool
+    ending: bool = False
+    """Whether this process was told to end: then nobody waits any longer for what may come."""
 
 
 class Answer(Struct):

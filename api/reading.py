@@ -199,7 +199,8 @@ Load = Callable[[Connection, Freshness], Awaitable[Resource | None]]
 
 
 async def single(call: Call, query: Single, view: str, missing: NotFound, load: Load) -> Answer:
-    """The one thing that `load` finds as of a head of the ledger; with If-None-Match, once it has changed."""
+    """The one thing that `load` finds as of a head of the ledger; with If-None-Match, once it has changed
+    or the time is up, which it is as well when the process is to end."""
     loop = asyncio.get_running_loop()
     until = loop.time() + query.wait_seconds
     known = call.headers.get(b"if-none-match")
@@ -215,7 +216,7 @@ async def single(call: Call, query: Single, view: str, missing: NotFound, load: 
             return Answer(200, await resources.encode(call.api.vault, call.caller.project_id, state), headers)
         was = at.head
         while at.head == was:
-            if loop.time() >= until:
+            if loop.time() >= until or call.api.ending:
                 return Answer(304, b"", headers)
             # All who wait look at the same ticks, so that one query serves them all.
             await asyncio.sleep(LOOK_SECONDS - loop.time() % LOOK_SECONDS)

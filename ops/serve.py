@@ -1,7 +1,8 @@
 """One API process: granian around `api.app:create_app`, which reads the environment itself.
 
 Invariant: no process outlives its purpose. granian answers requests in a process of its own, which ends
-when granian's main process is gone, also if that was killed.
+when granian's main process is gone, also if that was killed; told to end, it first answers what is in flight,
+and whoever waits for a change at once.
 """
 
 import gc
@@ -10,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from granian.constants import Interfaces
@@ -51,11 +53,25 @@ def application() -> Any:
     if parent := multiprocessing.parent_process():
         end_after(parent.join)
     app = create_app()
+    # Granian hears the signals by then, and on one of them waits for what is in flight.
+    app.on_startup.append(partial(before_the_signals, app.end_waits))
     # What is made by now stays, and so does most of what requests leave in the caches: looking through all of
     # it for cycles, of which requests make none, costs a tenth of a command.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     return app
+
+
+def before_the_signals(act: Callable[[], object]) -> None:
+    """Have `act` called when SIGTERM or SIGINT comes, and then what heard them so far."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        heard = signal.getsignal(number)
+
+        def hear(*signalled: Any, heard: Any = heard) -> None:
+            act()
+            heard(*signalled)
+
+        signal.signal(number, hear)
 
 
 def end_after(other_ended: Callable[[], object]) -> None:

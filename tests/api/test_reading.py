@@ -3,6 +3,8 @@
 import asyncio
 import csv
 import io
+import time
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -10,9 +12,11 @@ import httpx
 import psycopg
 import pytest
 
+from ops.serve import STOP_SECONDS
 from tests.api.conftest import Token, problem_of
 from tests.check import check_ledger
 from tests.conftest import Database
+from tests.server import Server
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -187,6 +191,31 @@ async def test_waiting_ends_with_the_change_and_not_with_another_ones(client: ht
     same = await client.get(path, params={"wait_seconds": 1}, headers={"If-None-Match": '"2"'})
     assert same.status_code == 304
     assert 0.9 < loop.time() - began < 3
+
+
+async def test_a_process_that_is_to_end_answers_those_who_wait(database: Database, tmp_path: Path) -> None:
+    with Server(database, tmp_path) as server:
+        headers = {"Authorization": f"Bearer {server.token('demo')}", "If-None-Match": '"1"'}
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=70, trust_env=False) as client:
+            path = f"/sessions/{await opened(client)}"
+            waits = asyncio.create_task(client.get(path, params={"wait_seconds": 60}))
+            await several_looks(database)
+            began = time.monotonic()
+            assert await asyncio.to_thread(server.stop) == [0]
+            assert time.monotonic() - began < STOP_SECONDS
+            same = await waits
+            assert (same.status_code, same.headers["etag"]) == (304, '"1"')
+
+
+async def several_looks(database: Database) -> None:
+    """Return when somebody waits: only then a process looks where its ledger stands again and again."""
+    looks = """SELECT query_start FROM pg_stat_activity
+               WHERE query LIKE '%parked_position IS NOT NULL%' AND usename = 'muniment_api'"""
+    seen: set[Any] = set()
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        while len(seen) < 3:
+            seen.update(connection.execute(looks).fetchall())
+            await asyncio.sleep(0.01)
 
 
 # Records
