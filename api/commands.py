@@ -32,11 +32,13 @@ from api.problems import MEDIA_TYPE, headers_of, problem
 from api.reading import Fresh, NoParameters, head, read_query, reading
 from ledger import errors
 from ledger.batch import RULES
-from ledger.commands import COMMANDS, Command, CommandId, Receipt, explain, read_command
+from ledger.commands import COMMANDS, Command, CommandId, Receipt
+from ledger.entry import canonical
 from ledger.errors import MalformedRequest, MunimentError, NotFound
-from ledger.events import Line, canonical
+from ledger.events import Line
 from ledger.record import RecordedFact
 from ledger.session import Session
+from ledger.syntax import explain, read_command
 
 COMMANDS_MAX = 1000
 

@@ -19,8 +19,9 @@ from api.reading import Fresh, Listing, fresh, given, head, or_none, reading, se
 from api.resources import SEALED
 from ledger import store
 from ledger.commands import Moment
+from ledger.entry import canonical, whole
 from ledger.errors import NotFound
-from ledger.events import Actor, Count, Line, Ref, Stamp, canonical, whole
+from ledger.events import Actor, Count, Line, Ref, Stamp
 from ledger.store import Stored
 from ledger.vault import Place
 from projections import audit

@@ -20,7 +20,6 @@ from msgspec import Struct
 from api.auth import Caller, Tokens
 from api.idempotency import Copy
 from api.problems import MEDIA_TYPE, as_error, headers_of, problem
-from ledger.commands import pointer
 from ledger.committer import Committer
 from ledger.errors import (
     BodyTooLarge,
@@ -31,6 +30,7 @@ from ledger.errors import (
     UnsupportedMediaType,
 )
 from ledger.postgres import Connection, Pool, store_errors
+from ledger.syntax import pointer
 from ledger.vault import Vault
 
 BODY_BYTES_MAX = 1024 * 1024

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from ledger import record, session
 from ledger.commands import Command, ExpireSession, Receipt
+from ledger.entry import Event, canonical, encode, leaf_hash
 from ledger.errors import (
     AlreadyExists,
     Forbidden,
@@ -28,7 +29,7 @@ from ledger.errors import (
     PreconditionFailed,
     RateLimited,
 )
-from ledger.events import SYSTEM, CommandRefused, Event, Fact, Stamp, canonical, encode, leaf_hash, stamp
+from ledger.events import SYSTEM, CommandRefused, Fact, Stamp, stamp
 from ledger.pending import Pending, Verdict
 from ledger.queue import closes, opened
 from ledger.reactions import REACTIONS

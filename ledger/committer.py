@@ -18,8 +18,9 @@ from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.commands import Command, Receipt
+from ledger.entry import canonical
 from ledger.errors import MunimentError, StoreUnavailable, UnknownProject
-from ledger.events import Actor, canonical
+from ledger.events import Actor
 from ledger.memory import Refusals
 from ledger.pending import Pending, Verdict
 from ledger.postgres import Clock, Pool, store_errors

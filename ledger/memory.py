@@ -17,8 +17,8 @@ from msgspec.structs import replace
 
 from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, NotLoaded
 from ledger.commands import Receipt
+from ledger.entry import Recorded
 from ledger.errors import IdempotencyKeyReused
-from ledger.events import Recorded
 from ledger.pending import Pending, Verdict
 from ledger.record import RecordedFact
 from ledger.replay import fold_all

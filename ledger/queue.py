@@ -9,16 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 from uuid import UUID
 
-from ledger.events import (
-    Event,
-    Fact,
-    SessionCancelled,
-    SessionCompleted,
-    SessionExpired,
-    SessionFailed,
-    SessionOpened,
-    Stamp,
-)
+from ledger.entry import Event
+from ledger.events import Fact, SessionCancelled, SessionCompleted, SessionExpired, SessionFailed, SessionOpened, Stamp
 from ledger.store import OpenItem
 
 OPEN_ITEMS_MAX = 1000

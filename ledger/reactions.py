@@ -9,7 +9,8 @@ from typing import Any
 from uuid import UUID
 
 from ledger.commands import CancelSession, Command
-from ledger.events import Event, Fact, SessionCancelled
+from ledger.entry import Event
+from ledger.events import Fact, SessionCancelled
 from ledger.queue import World
 
 

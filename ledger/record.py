@@ -7,8 +7,9 @@ from msgspec import Struct
 
 from ledger import session
 from ledger.commands import Command, Record
+from ledger.entry import Event
 from ledger.errors import AlreadyExists, NotFound, UnknownParent
-from ledger.events import Actor, Artifact, Event, Fact, FactRecorded, Ref, Stamp, Usage, stamp
+from ledger.events import Actor, Artifact, Fact, FactRecorded, Ref, Stamp, Usage, stamp
 from ledger.queue import World
 
 

@@ -31,7 +31,8 @@ from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.commands import ProjectId
-from ledger.events import Actor, Event, encode, leaf_hash, stamp, whole
+from ledger.entry import Event, encode, leaf_hash, whole
+from ledger.events import Actor, stamp
 from ledger.postgres import bigints, byteas, queries, tells_of_missed_standby, texts, uuids
 
 SQL = queries("ledger", "recorder")

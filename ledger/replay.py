@@ -8,8 +8,9 @@ from uuid import UUID
 from ledger import store
 from ledger.batch import RULES
 from ledger.commands import Receipt
+from ledger.entry import Recorded
 from ledger.errors import ERRORS, MunimentError
-from ledger.events import CommandRefused, Recorded
+from ledger.events import CommandRefused
 from ledger.postgres import Connection
 from ledger.store import CommandRow
 

@@ -13,10 +13,10 @@ from msgspec import UNSET, Struct, field
 from msgspec.structs import replace
 
 from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, ExpireSession, OpenSession
+from ledger.entry import Event, canonical
 from ledger.errors import AlreadyExists, InvalidTransition, MalformedRequest, NotFound, SessionFull, UnknownParent
 from ledger.events import (
     AgentDescription,
-    Event,
     Fact,
     Json,
     SessionActivated,
@@ -29,7 +29,6 @@ from ledger.events import (
     SessionOpened,
     SessionTaskBound,
     Stamp,
-    canonical,
     stamp,
 )
 from ledger.queue import OPEN_ITEMS_MAX, World

@@ -13,7 +13,7 @@ from uuid import UUID
 from msgspec import Struct, field
 from uuid_utils.compat import uuid7
 
-from ledger.events import Recorded, decode
+from ledger.entry import Recorded, decode
 from ledger.postgres import (
     Connection,
     Statement,

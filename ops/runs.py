@@ -15,8 +15,9 @@ from uuid import UUID, uuid5
 
 from msgspec import UNSET, Struct, field
 
-from ledger.commands import BODY_BYTES_MAX, METADATA_BYTES_MAX, ChangeSession, Command, OpenSession, Record
-from ledger.events import canonical
+from ledger.commands import ChangeSession, Command, OpenSession, Record
+from ledger.entry import canonical
+from ledger.syntax import BODY_BYTES_MAX, METADATA_BYTES_MAX
 from ledger.vault import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX
 from ops.transcripts import Run, Unusable, mended, parse
 

@@ -11,7 +11,8 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from ledger.events import Event, Fact, Recorded
+from ledger.entry import Event, Recorded
+from ledger.events import Fact
 from ledger.postgres import Connection, queries
 from projections.projector import Memory
 from projections.segments import Index, Order, pack

@@ -19,7 +19,7 @@ import psycopg
 from msgspec import Struct
 from psycopg_pool import PoolTimeout
 
-from ledger.events import Recorded
+from ledger.entry import Recorded
 from ledger.postgres import Connection, Pool, Statement, bigint, queries, texts, uuid
 from ledger.store import Stored
 

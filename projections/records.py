@@ -11,7 +11,8 @@ from uuid import UUID
 from msgspec import Struct
 
 from ledger import record, store
-from ledger.events import Event, Fact, FactRecorded, Recorded
+from ledger.entry import Event, Recorded
+from ledger.events import Fact, FactRecorded
 from ledger.postgres import Connection, queries
 from ledger.record import RecordedFact
 from projections.projector import Memory

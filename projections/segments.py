@@ -18,7 +18,8 @@ from uuid import UUID
 
 from psycopg import sql
 
-from ledger.events import Event, Fact, Recorded
+from ledger.entry import Event, Recorded
+from ledger.events import Fact
 from ledger.postgres import Connection, Tsvectors, bigints, queries, texts
 from projections.terms import Condition
 

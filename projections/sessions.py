@@ -13,8 +13,9 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
+from ledger.entry import Recorded, canonical
 from ledger.errors import MalformedRequest
-from ledger.events import Recorded, SessionOpened, Stamp, canonical, moment, stamp
+from ledger.events import SessionOpened, Stamp, moment, stamp
 from ledger.postgres import Connection, bigints, byteas, queries, texts, uuids
 from ledger.session import TERMINAL, Session, State, evolve
 from projections.projector import Memory

@@ -14,8 +14,9 @@ from uuid import UUID
 
 from msgspec import Struct
 
+from ledger.entry import Event
 from ledger.errors import MalformedRequest
-from ledger.events import Event, Fact
+from ledger.events import Fact
 from ledger.vault import ERASED, SEALED
 
 TEXT_CHARACTERS_MAX = 64 * 1024

@@ -10,7 +10,8 @@ from uuid import UUID
 import psycopg
 
 from ledger.batch import RULES
-from ledger.events import Event, Recorded, decode, leaf_hash, stamp
+from ledger.entry import Event, Recorded, decode, leaf_hash
+from ledger.events import stamp
 from ledger.queue import closes, opened
 from ledger.replay import fold
 

@@ -19,7 +19,7 @@ from psycopg import sql
 
 from api.auth import development_token
 from ledger.embedded import EmbeddedServer
-from ledger.events import Recorded
+from ledger.entry import Recorded
 from tests.check import check_ledger
 from tests.conftest import TEMPLATE, Database, database_of
 

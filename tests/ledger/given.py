@@ -15,8 +15,9 @@ from uuid_utils.compat import uuid7
 
 from ledger.batch import RULES, Batch
 from ledger.commands import Command, Receipt
+from ledger.entry import Event, canonical, decode
 from ledger.errors import MunimentError
-from ledger.events import Actor, Event, Fact, SessionOpened, canonical, decode, moment
+from ledger.events import Actor, Fact, SessionOpened, moment
 from ledger.pending import Pending, Verdict
 from ledger.postgres import Pool
 from ledger.project_key import ProjectKey

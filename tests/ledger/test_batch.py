@@ -11,23 +11,14 @@ from msgspec.structs import replace
 from uuid_utils.compat import uuid7
 
 from ledger.batch import Batch
-from ledger.commands import (
-    METADATA_BYTES_MAX,
-    PERSONAL_TEXT_BYTES_MAX,
-    AnnotateSession,
-    CancelSession,
-    ChangeSession,
-    Command,
-    OpenSession,
-    Receipt,
-    Record,
-    read_command,
-)
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, OpenSession, Receipt, Record
 from ledger.committer import Committer
+from ledger.entry import canonical, decode
 from ledger.errors import IdempotencyKeyReused, MunimentError, NotFound, RateLimited
-from ledger.events import Actor, FactRecorded, SessionCancelled, SessionOpened, canonical, decode, moment
+from ledger.events import Actor, FactRecorded, SessionCancelled, SessionOpened, moment
 from ledger.project_key import UnusableKey
 from ledger.queue import OPEN_ITEMS_MAX
+from ledger.syntax import METADATA_BYTES_MAX, PERSONAL_TEXT_BYTES_MAX, read_command
 from tests.check import check_ledger, of_type
 from tests.conftest import Database
 from tests.ledger.given import DEADLINE, OPENED, RECORD, SESSION, given, on, pending_of

@@ -18,10 +18,10 @@ from ledger.commands import (
     OpenSession,
     Personal,
     Record,
-    read_command,
 )
+from ledger.entry import canonical
 from ledger.errors import MalformedRequest, NumberOutOfRange
-from ledger.events import canonical
+from ledger.syntax import read_command
 
 SESSION_ID = "0199a7c2-0000-7000-8000-000000000001"
 RECORD_ID = "0199a7c2-0000-7000-8000-000000000002"

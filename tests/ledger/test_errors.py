@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from ledger.entry import canonical
 from ledger.errors import ERRORS, MalformedRequest, MunimentError, NumberOutOfRange
-from ledger.events import canonical
 
 # The codes of SPEC section 5 that this release can answer with, and their statuses. Frozen: a code on the
 # wire, or in a recorded refusal, never changes its name or its status.

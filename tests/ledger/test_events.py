@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ledger.entry import ENTRY_BYTES_MAX, Event, canonical, decode, encode, leaf_hash, whole
 from ledger.errors import UpgradeRequired
 from ledger.events import (
-    ENTRY_BYTES_MAX,
     FACTS,
     SYSTEM,
     Actor,
@@ -22,7 +22,6 @@ from ledger.events import (
     Artifact,
     CommandRefused,
     Cost,
-    Event,
     Fact,
     FactRecorded,
     Principal,
@@ -37,13 +36,8 @@ from ledger.events import (
     SessionOpened,
     SessionTaskBound,
     Usage,
-    canonical,
-    decode,
-    encode,
-    leaf_hash,
     moment,
     stamp,
-    whole,
 )
 
 NAMED = UUID("0199a7c2-5d4e-7000-8000-0123456789ab")

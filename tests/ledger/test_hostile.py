@@ -23,13 +23,15 @@ from msgspec import Struct, structs
 from uuid_utils.compat import uuid7
 
 from ledger import store
-from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Receipt, Record, read_command
+from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Receipt, Record
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
+from ledger.entry import Event, Recorded, canonical
 from ledger.errors import StoreUnavailable
-from ledger.events import Actor, Event, Recorded, canonical, moment
+from ledger.events import Actor, moment
 from ledger.postgres import open_pool
 from ledger.replay import recall
+from ledger.syntax import read_command
 from ledger.vault import Vault
 from tests.check import check_ledger
 from tests.conftest import Database, database_of

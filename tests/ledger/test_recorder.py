@@ -29,7 +29,8 @@ from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.embedded import EmbeddedServer
-from ledger.events import ENTRY_BYTES_MAX, SYSTEM, Event, SessionAnnotated, encode, leaf_hash
+from ledger.entry import ENTRY_BYTES_MAX, Event, encode, leaf_hash
+from ledger.events import SYSTEM, SessionAnnotated
 from ledger.recorder import Connection, LedgerAggregateRecorder, LedgerRecorder, open_pool
 from tests.conftest import Database
 

@@ -24,8 +24,9 @@ from ledger.commands import (
     Record,
 )
 from ledger.committer import Committer
+from ledger.entry import Recorded
 from ledger.errors import MunimentError
-from ledger.events import Actor, Artifact, Cost, Recorded, Ref, SessionActivated, Usage
+from ledger.events import Actor, Artifact, Cost, Ref, SessionActivated, Usage
 from ledger.postgres import Pool
 from ledger.replay import fold, fold_all, recall
 from ledger.vault import Vault

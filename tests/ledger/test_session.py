@@ -9,15 +9,7 @@ from uuid_utils.compat import uuid7
 
 from ledger import session
 from ledger.batch import expiry_command_id
-from ledger.commands import (
-    AnnotateSession,
-    CancelSession,
-    ChangeSession,
-    Command,
-    ExpireSession,
-    OpenSession,
-    Record,
-)
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, ExpireSession, OpenSession, Record
 from ledger.events import (
     SYSTEM,
     Actor,

@@ -11,7 +11,8 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from ledger import store
-from ledger.events import SYSTEM, Event, FactRecorded, decode, encode, leaf_hash, stamp
+from ledger.entry import Event, decode, encode, leaf_hash
+from ledger.events import SYSTEM, FactRecorded, stamp
 from ledger.postgres import Connection, Pool
 from ledger.store import Append, CommandRow, EventRow, Ledger, OpenItem
 from tests.check import check_ledger

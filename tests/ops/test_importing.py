@@ -19,10 +19,10 @@ import psycopg
 import pytest
 
 from api.client import BATCH_BYTES_MAX, Client
-from ledger.commands import BODY_BYTES_MAX
 from ledger.embedded import EmbeddedServer
+from ledger.entry import Recorded, canonical
 from ledger.errors import BodyTooLarge, Forbidden, MalformedRequest
-from ledger.events import Recorded, canonical
+from ledger.syntax import BODY_BYTES_MAX
 from ops.importing import JOBS, Report, import_runs
 from ops.runs import Mapping, Options, Step, identify, session_of
 from ops.transcripts import Run, Transcript

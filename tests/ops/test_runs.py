@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from ledger.commands import BODY_BYTES_MAX, ChangeSession, OpenSession, Record, read_command
+from ledger.commands import ChangeSession, OpenSession, Record
 from ledger.errors import MalformedRequest
+from ledger.syntax import BODY_BYTES_MAX, read_command
 from ledger.vault import PERSONAL
 from ops.runs import Mapping, Options, Step, identify, session_of
 from ops.transcripts import Run, Transcript, Unusable

@@ -12,7 +12,8 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from ledger import store
-from ledger.events import Actor, Event, Fact, Ref, SessionOpened, encode, leaf_hash, stamp
+from ledger.entry import Event, encode, leaf_hash
+from ledger.events import Actor, Fact, Ref, SessionOpened, stamp
 from ledger.postgres import Connection, Pool, open_pool
 from ledger.store import Append, EventRow
 from projections import VIEWS, Projector

@@ -14,10 +14,10 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from ledger import store
+from ledger.entry import Recorded
 from ledger.events import (
     CommandRefused,
     FactRecorded,
-    Recorded,
     SessionActivated,
     SessionAnnotated,
     SessionCompleted,
