@@ -154,6 +154,12 @@ def _contradictions(settings: Settings, database_given: bool) -> list[str]:
     for there, missing in (("OIDC_ISSUER_URL", "OIDC_AUDIENCE"), ("OIDC_AUDIENCE", "OIDC_ISSUER_URL")):
         if issuer[there] and not issuer[missing]:
             problems.append(f"{there} is set without {missing}: set both, or neither")
+    # Whoever stands between could name keys of their own, and then be anybody.
+    if settings.mode == "production" and _is_open(settings.oidc_issuer_url or ""):
+        problems.append(
+            f"OIDC_ISSUER_URL is {settings.oidc_issuer_url!r}: production fetches keys over https:// only, "
+            "or from this machine"
+        )
     return problems
 
 
@@ -271,10 +277,19 @@ def _check_redis(value: str) -> str | None:
 
 
 def _check_issuer(value: str) -> str | None:
-    parts = urlsplit(value)
-    if parts.scheme in ("https", "http") and parts.netloc and not parts.query and not parts.fragment:
-        return None
-    return "an https:// address without query or fragment is allowed"
+    allowed = "an https:// address without query or fragment is allowed"
+    try:
+        parts = urlsplit(value)
+    except ValueError:
+        return allowed
+    good = parts.scheme in ("https", "http") and parts.hostname and not parts.query and not parts.fragment
+    return None if good else allowed
+
+
+def _is_open(address: str) -> bool:
+    """Whether what is fetched from there can be changed on its way."""
+    parts = urlsplit(address)
+    return parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
 
 
 def _check_deployment(value: str) -> str | None:

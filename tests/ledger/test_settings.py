@@ -91,6 +91,8 @@ def test_all_problems_are_told_at_once() -> None:
         ("MUNIMENT_HOME", __file__),
         ("MUNIMENT_KEYS_DIR", "keys"),
         ("OIDC_ISSUER_URL", "id.example.com"),
+        ("OIDC_ISSUER_URL", "https://["),
+        ("OIDC_ISSUER_URL", "https://id.example/?tenant=1"),
     ],
 )
 def test_an_impossible_value_is_named_with_what_is_allowed(name: str, value: str) -> None:
@@ -174,6 +176,14 @@ def test_an_issuer_needs_an_audience() -> None:
         "OIDC_ISSUER_URL is set without OIDC_AUDIENCE: set both, or neither"
     ]
     assert settings(OIDC_ISSUER_URL="https://id.example", OIDC_AUDIENCE="m").oidc_audience == "m"
+
+
+def test_production_asks_for_keys_where_nobody_can_change_the_answer() -> None:
+    production = {"MUNIMENT_MODE": "production", "DATABASE_URL": "embedded", "OIDC_AUDIENCE": "m"}
+    (problem,) = problems(OIDC_ISSUER_URL="http://id.example", **production)
+    assert problem.startswith("OIDC_ISSUER_URL is 'http://id.example': production fetches keys over https:// only")
+    assert settings(OIDC_ISSUER_URL="http://127.0.0.1:9000", **production).oidc_issuer_url == "http://127.0.0.1:9000"
+    assert settings(OIDC_ISSUER_URL="http://keycloak:8080", OIDC_AUDIENCE="m").oidc_issuer_url == "http://keycloak:8080"
 
 
 def test_the_default_home_follows_the_desktop_convention(tmp_path: Path) -> None:
