@@ -37,11 +37,12 @@ RETRY_SECONDS = 1.0
 RETRY_PARKED_SECONDS = 60.0
 
 REST_SECONDS_MIN = 0.002
-REST_SECONDS_MAX = 0.05
+REST_SECONDS_MAX = 0.01
 BUSY_EVENTS = 20
 """After a small batch a ledger rests for a moment, so that what was committed shows at once. After one of more than
 BUSY_EVENTS it rests for as long as that took: what a batch costs besides its events is then paid less often, and half
-of a core stays with those who wait for answers."""
+of a core stays with those who wait for answers. But not for longer than a reader would notice: where others keep the
+machine busy, a batch takes long without costing much."""
 
 TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycopg.ProgrammingError)
 """The database's trouble, not an event's: it is tried again, and nothing is parked."""
