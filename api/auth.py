@@ -1,12 +1,13 @@
 """A credential becomes a Caller: the project it is for, and the actor that events will name.
 
-Every token names its issuer, and each issuer has one verifier. In development that is this machine, whose
-key file signs tokens; production never reads that file, so a development token is worth nothing there.
+Every token names its issuer, and each issuer has one verifier: the OpenID provider's is in `api/oidc.py`. In
+development this machine is one as well, and its key file signs tokens; production never reads that file, so a
+development token is worth nothing there.
 What a caller may do is not decided here, and no token is ever stored or logged.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
@@ -67,9 +68,18 @@ class _Claims(Struct):
         "".join([self.sub, *self.roles]).encode()
 
 
-Verify = Callable[[str], tuple[Caller, float]]
-"""From a token to its caller and its expiry (seconds since the epoch). Raises jwt.InvalidTokenError or
-msgspec.ValidationError."""
+_NOBODY: tuple[Caller | None, float] = (None, 0.0)
+
+Verify = Callable[[str], Awaitable[tuple[Caller, float]]]
+"""From a token to its caller and its expiry (seconds since the epoch). Raises jwt.PyJWTError, ValueError,
+msgspec.ValidationError, Unauthenticated, and StoreUnavailable where it cannot be known now."""
+
+_WHY: dict[type[Exception], str] = {
+    jwt.ExpiredSignatureError: "The token has expired",
+    jwt.ImmatureSignatureError: "The token is not valid yet",
+    jwt.InvalidAudienceError: "The token is for another audience: its `aud` does not name this service",
+    jwt.InvalidSignatureError: "The token's signature is not that of its issuer's key",
+}
 
 
 class Tokens:
@@ -79,25 +89,30 @@ class Tokens:
         self._verifiers = verifiers
         self._verified: dict[bytes, tuple[Caller, float]] = {}
 
-    def caller(self, authorization: bytes | None) -> Caller:
-        """The caller behind an Authorization header. Raises Unauthenticated."""
-        if authorization is None:
+    def known(self, authorization: bytes) -> Caller | None:
+        """The caller behind an Authorization header that was verified within the minute."""
+        caller, until = self._verified.get(sha256(authorization).digest(), _NOBODY)
+        return caller if time.time() < until else None
+
+    async def caller(self, authorization: bytes) -> Caller:
+        """The caller behind an Authorization header. Raises Unauthenticated, and StoreUnavailable where an
+        issuer's keys are not to be had."""
+        if not authorization:
             raise Unauthenticated(why="This needs a token, and the request has none")
-        digest = sha256(authorization).digest()
-        known = self._verified.get(digest)
-        if known is not None and time.time() < known[1]:
-            return known[0]
+        if (caller := self.known(authorization)) is not None:
+            return caller
         scheme, _, token = authorization.partition(b" ")
         if scheme.lower() != b"bearer" or len(token) > TOKEN_BYTES_MAX:
             raise Unauthenticated(why="The Authorization header is not `Bearer <token>`")
-        caller, expires_at = self._verify(token.strip())
+        caller, expires_at = await self._verify(token.strip())
         if len(self._verified) >= VERIFIED_TOKENS_MAX:
             del self._verified[next(iter(self._verified))]
+        digest = sha256(authorization).digest()
         self._verified.pop(digest, None)
         self._verified[digest] = caller, min(expires_at, time.time() + VERIFIED_SECONDS_MAX)
         return caller
 
-    def _verify(self, token: bytes) -> tuple[Caller, float]:
+    async def _verify(self, token: bytes) -> tuple[Caller, float]:
         try:
             text = token.decode("ascii")
             # Only to choose who verifies; nothing is believed before that.
@@ -105,13 +120,13 @@ class Tokens:
             verify = self._verifiers.get(issuer) if isinstance(issuer, str) else None
             if verify is None:
                 raise Unauthenticated(why="The token's issuer is not trusted here")
-            return verify(text)
-        except jwt.ExpiredSignatureError:
-            raise Unauthenticated(why="The token has expired") from None
+            return await verify(text)
         except msgspec.ValidationError as error:
             raise Unauthenticated(why=f"The token's claims are not usable: {error}") from None
-        except (jwt.PyJWTError, ValueError, RecursionError):
-            raise Unauthenticated(why="The token is not valid") from None
+        except jwt.MissingRequiredClaimError as error:
+            raise Unauthenticated(why=f"The token has no claim `{error.claim}`") from None
+        except (jwt.PyJWTError, ValueError, OverflowError, RecursionError) as error:
+            raise Unauthenticated(why=_WHY.get(type(error), "The token is not valid")) from None
 
 
 def key_path(keys_dir: Path) -> Path:
@@ -122,7 +137,7 @@ def key_path(keys_dir: Path) -> Path:
 def development_verifier(keys_dir: Path) -> Verify:
     """Accepts what `development_token` made with the key file of the same directory."""
 
-    def verify(token: str) -> tuple[Caller, float]:
+    async def verify(token: str) -> tuple[Caller, float]:
         signing_key = read_key_file(key_path(keys_dir))
         if signing_key is None:
             raise jwt.InvalidKeyError("no token was ever made here")

@@ -281,7 +281,7 @@ class Submission(Struct, frozen=True):
     async def _take(self, call: Call, receive: Receive) -> Answer:
         call.read_headers()
         body = await call.read_body(receive, BATCH_BODY_BYTES_MAX if self.listed else BODY_BYTES_MAX)
-        call.authenticate()
+        await call.authenticate()
         call.require_json(body)
         if call.scope["query_string"]:
             read_query(call.scope["query_string"], NoParameters)

@@ -16,7 +16,7 @@ from msgspec import Struct
 from psycopg_pool import PoolTimeout
 
 from api.http import READ, Answer, Api, Call, Operation, encode
-from ledger.errors import ClockSkew, Unauthenticated
+from ledger.errors import ClockSkew, StoreUnavailable, Unauthenticated
 from projections import VIEWS, health
 
 VERSION = version("muniment")
@@ -62,7 +62,7 @@ def probing(path: str, answers: dict[int, Any], *, is_open: bool = True) -> Call
             name=function.__name__,
             doc=function.__doc__ or "",
             answers=answers,
-            refusals=() if is_open else (Unauthenticated,),
+            refusals=() if is_open else (Unauthenticated, StoreUnavailable),
             open=is_open,
         )
         return route(path, http_method=READ, name=operation.name, opt={"operation": operation})(handler)
@@ -105,7 +105,7 @@ async def get_ready(call: Call) -> Answer:
 async def get_status(call: Call) -> Answer:
     """Whether this token is accepted here."""
     call.read_headers()
-    call.authenticate()
+    await call.authenticate()
     return Answer(200, encode(Status("ok", VERSION)))
 
 

@@ -101,7 +101,7 @@ def reading(
     def route_of(function: Work[Q]) -> HTTPRouteHandler:
         async def work(call: Call) -> Answer:
             call.read_headers()
-            call.authenticate()
+            await call.authenticate()
             call.caller.require_reader("Reading")
             parameters = read_query(call.scope["query_string"], query)
             if await call.find_ledger() is not None:

@@ -111,7 +111,7 @@ def test_the_embedded_database_is_used_where_none_is_named(muniment: Run, durabl
 # Tokens
 
 
-def test_a_token_says_who_it_is_for_and_how_long(muniment: Run, tmp_path: Path) -> None:
+async def test_a_token_says_who_it_is_for_and_how_long(muniment: Run, tmp_path: Path) -> None:
     arguments = (
         "--project",
         "acme",
@@ -127,16 +127,20 @@ def test_a_token_says_who_it_is_for_and_how_long(muniment: Run, tmp_path: Path) 
     made = muniment("token", *arguments, "--lifetime", "12h")
     assert made.returncode == 0, made.stderr
     (token,) = made.stdout.split("\n")[:-1]
-    caller = Tokens({DEVELOPMENT_ISSUER: development_verifier(tmp_path / "keys")}).caller(f"Bearer {token}".encode())
+    caller = await Tokens({DEVELOPMENT_ISSUER: development_verifier(tmp_path / "keys")}).caller(
+        f"Bearer {token}".encode()
+    )
     assert (caller.project_id, caller.actor.sub, caller.actor.kind) == ("acme", "Ann Ex", "human")
     assert caller.actor.roles == ("auditor", "operator")
     expires_at = jwt.decode(token, options={"verify_signature": False})["exp"]
     assert abs(expires_at - time.time() - 12 * 3600) < 120
 
 
-def test_a_token_is_an_agents_for_thirty_days_unless_said_otherwise(muniment: Run, tmp_path: Path) -> None:
+async def test_a_token_is_an_agents_for_thirty_days_unless_said_otherwise(muniment: Run, tmp_path: Path) -> None:
     token = muniment("token", "--project", "acme", "--subject", "a").stdout.strip()
-    caller = Tokens({DEVELOPMENT_ISSUER: development_verifier(tmp_path / "keys")}).caller(f"Bearer {token}".encode())
+    caller = await Tokens({DEVELOPMENT_ISSUER: development_verifier(tmp_path / "keys")}).caller(
+        f"Bearer {token}".encode()
+    )
     assert (caller.actor.kind, caller.actor.roles) == ("agent", ("agent",))
     expires_at = jwt.decode(token, options={"verify_signature": False})["exp"]
     assert abs(expires_at - time.time() - 30 * 24 * 3600) < 120
