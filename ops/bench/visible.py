@@ -29,16 +29,18 @@ class Watch:
     def __init__(self, connection: Connection, ledger_id: UUID) -> None:
         self._connection, self._ledger = connection, {"ledger_id": uuid(ledger_id)}
         self.seen: list[tuple[float, int]] = []
+        self.last = 2**63
+        """The position at which to stop looking."""
 
-    async def until(self, position: int) -> None:
+    async def run(self) -> None:
         deadline = time.perf_counter() + PATIENCE_SECONDS
-        while not self.seen or self.seen[-1][1] < position:
+        while not self.seen or self.seen[-1][1] < self.last:
             ((views, reached),) = await _seen.fetch(self._connection, self._ledger)
             now = time.perf_counter()
             if views == len(VIEWS):
                 self.seen.append((now, reached))
             if now > deadline:
-                raise TimeoutError(f"the views did not reach {position}: {views} are at {reached}")
+                raise TimeoutError(f"the views did not reach {self.last}: {views} are at {reached}")
             await asyncio.sleep(ASKED_EVERY_SECONDS)
 
 
@@ -75,17 +77,18 @@ async def main(url: str, keys: str, project: str, events_per_second: int, second
         await pace(min(1.0, seconds))
         ledger = await committer.ledger(project)
         assert ledger is not None
-        await Watch(own, ledger.ledger_id).until(max(position for _, position in committed))
+        watch = Watch(own, ledger.ledger_id)
+        watch.last = max(position for _, position in committed)
+        await watch.run()
         committed.clear()
         wait_for_word()
         watch = Watch(own, ledger.ledger_id)
         begun = time.perf_counter()
-        watching = asyncio.create_task(watch.until(2**63))
+        watching = asyncio.create_task(watch.run())
         await pace(seconds)
         took = time.perf_counter() - begun
-        watching.cancel()
-        await asyncio.wait([watching])
-        await watch.until(max(position for _, position in committed))
+        watch.last = max(position for _, position in committed)
+        await watching
     answer(**summary(lags_ms(committed, watch.seen), took))
 
 
