@@ -22,6 +22,7 @@ from api import audit, commands, docs, events, health, openapi, records, session
 from api.auth import DEVELOPMENT_ISSUER, Tokens, development_verifier
 from api.http import Answer, Api, refuse
 from api.idempotency import Copy
+from api.oidc import provider
 from api.problems import as_error
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
@@ -38,7 +39,7 @@ async def serving(app: Litestar, settings: Settings) -> AsyncGenerator[None]:
     """What every route works with, from the first request to the last."""
     conninfo = EmbeddedServer(settings.home).url("muniment_api") if settings.embedded else settings.database_url
     development = settings.mode == "development"
-    async with open_pool(conninfo, CONNECTIONS_MAX) as pool:
+    async with open_pool(conninfo, CONNECTIONS_MAX) as pool, provider(settings) as verifiers:
         vault = Vault(settings.keys_dir, pool, create_keys=development)
         committer = Committer(
             pool, vault, create_ledgers=development, session_retention_days=settings.session_retention_days
@@ -46,7 +47,8 @@ async def serving(app: Litestar, settings: Settings) -> AsyncGenerator[None]:
         copy = None
         if settings.redis_url and settings.idempotency_enabled:
             copy = Copy(settings.redis_url, vault, ttl_seconds=settings.idempotency_ttl_seconds)
-        verifiers = {DEVELOPMENT_ISSUER: development_verifier(settings.keys_dir)} if development else {}
+        if development:
+            verifiers[DEVELOPMENT_ISSUER] = development_verifier(settings.keys_dir)
         app.state.api = Api(
             pool=pool,
             vault=vault,
