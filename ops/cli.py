@@ -37,7 +37,7 @@ _SETTINGS = """
 | IDEMPOTENCY_ENABLED, IDEMPOTENCY_TTL_SECONDS | the copy in Redis; default true and 86400 |
 | SESSION_RETENTION_DAYS | when an idle session expires; default 7 |
 | OIDC_ISSUER_URL, OIDC_AUDIENCE | whose access tokens are accepted, and for whom they must be |
-| OIDC_PROJECT_CLAIM, OIDC_ROLES_CLAIM, OIDC_KIND_CLAIM | default `project`, `roles`, `kind` |
+| OIDC_PROJECT_CLAIM, OIDC_ROLES_CLAIM, OIDC_KIND_CLAIM | claims, or dotted paths; default `project`, `roles`, `kind` |
 | HOST, PORT | where the API listens; default 127.0.0.1 and 8088 |
 """
 
