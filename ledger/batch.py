@@ -6,19 +6,19 @@ keeps its ids then. A command sees the effects of those before it.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from types import ModuleType
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any
 from uuid import UUID, uuid5
 
 import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from ledger import record, session
-from ledger.commands import Command, ExpireSession, Receipt
+from ledger import approval, record, session, task
+from ledger.commands import ClaimTasks, Command, Receipt
 from ledger.entry import Event, canonical, encode, leaf_hash
 from ledger.errors import (
     AlreadyExists,
@@ -29,18 +29,24 @@ from ledger.errors import (
     PreconditionFailed,
     RateLimited,
 )
-from ledger.events import SYSTEM, CommandRefused, Fact, Stamp, stamp
+from ledger.events import CommandRefused, Fact
+from ledger.known import Known, NotLoaded, Offer, Queue, offer
 from ledger.pending import Pending, Verdict
-from ledger.queue import closes, opened
+from ledger.queue import On, RefusedOnRecord, Rules, Same
 from ledger.reactions import REACTIONS
 from ledger.store import Append, CommandRow, EventRow, OpenItem
+from ledger.values import SYSTEM, Actor, Stamp, stamp
 from ledger.vault import Place, Vault
 
-RULES: dict[str, tuple[ModuleType, type[Any]]] = {
+RULES: dict[str, tuple[Rules, type[Any]]] = {
     "session": (session, session.Session),
     "record": (record, record.RecordedFact),
+    "task": (task, task.Task),
+    "approval": (approval, approval.Approval),
 }
-"""By stream type: the module with `decide` and `evolve`, and the state they work on."""
+"""By stream type: its rules, and the state they work on."""
+
+RULES_OF: dict[type[Any], Rules] = {state: rules for rules, state in RULES.values()}
 
 REFUSALS_PER_MINUTE_MAX = 60
 """Recorded refusals of one principal a minute, so that nobody fills a ledger with noise."""
@@ -49,45 +55,7 @@ CLAIM_AHEAD_SECONDS = 5
 """How far ahead of the ledger's clock a caller's `occurred_at` may be."""
 
 
-class NotLoaded(Exception):
-    """A decision needs a stream, or a root session's open items, that this process has not read yet."""
-
-    def __init__(self, *, stream: UUID | None = None, root: UUID | None = None) -> None:
-        self.stream, self.root = stream, root
-
-
 _UNREAD = object()
-
-
-class Known(Protocol):
-    """What a batch is decided on: what this process knows of a ledger of `size` events, or a batch on its
-    way there, which will have made it that size."""
-
-    project_id: str
-    ledger_id: UUID
-    size: int
-    recorded_at: datetime
-
-    def knows(self, stream_id: UUID) -> bool:
-        """Whether `stream` can tell."""
-        ...
-
-    def stream(self, stream_id: UUID) -> Any:
-        """The state of a stream, None where there is none. Raises NotLoaded."""
-        ...
-
-    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
-        """What is open under a root session. Raises NotLoaded."""
-        ...
-
-    def refusals_left(self, principal: str) -> int:
-        """How many refusals of this principal may still be recorded within this minute."""
-        ...
-
-
-def expiry_command_id(command: ExpireSession) -> str:
-    """Made from stream and deadline, so that any number of sweepers do it once."""
-    return str(uuid5(command.session_id, f"expire {command.deadline}"))
 
 
 class Batch:
@@ -98,6 +66,7 @@ class Batch:
         known: Known,
         recorded_at: datetime,
         vault: Vault,
+        queue: Queue,
         *,
         session_retention_days: int,
     ) -> None:
@@ -115,6 +84,10 @@ class Batch:
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}
         self.receipts: dict[tuple[str, str], Receipt] = {}
         self.refused: Counter[str] = Counter()
+        self._queue = queue
+        self._offers: dict[Offer, deque[UUID]] = {}
+        self._offered_here: dict[str, deque[UUID]] = {}
+        self._deciding: Pending | None = None
 
     def rebase(self, known: Known) -> None:
         """What this batch was decided on has become part of `known`: let go of it."""
@@ -148,6 +121,47 @@ class Batch:
         items = self.items.get(root_session_id)
         return self._known.open_items(root_session_id) if items is None else items
 
+    @property
+    def actor(self) -> Actor:
+        assert self._deciding is not None
+        return self._deciding.actor
+
+    @property
+    def target(self) -> UUID:
+        assert self._deciding is not None
+        return self._deciding.target
+
+    def mint(self, name: str) -> UUID:
+        assert self._deciding is not None
+        return self._deciding.mint(name)
+
+    def keyed(self, text: bytes) -> bytes:
+        return self._vault.fingerprint(self.project_id, text)
+
+    def offered(self, command: ClaimTasks) -> Sequence[UUID]:
+        wanted = offer(command)
+        stored = self._queue.offers.get(wanted)
+        if stored is None:
+            raise NotLoaded(under_lock=command)
+        assert command.kinds is not UNSET
+        left = self._left(self._offers.setdefault(wanted, deque(stored)), command.n)
+        for kind in command.kinds:  # in no order of theirs
+            left += self._left(self._offered_here.get(kind, deque()), None)
+        return list(dict.fromkeys(left))  # one whose time to be tried again has just come is among both
+
+    def _left(self, offered: deque[UUID], wanted: int | None) -> list[UUID]:
+        """The first tasks of an offer that nobody in this batch has claimed: as many as are wanted, or all."""
+        while offered and self.stream(offered[0]).state not in ("queued", "retrying"):
+            offered.popleft()
+        left = (task_id for task_id in offered if self.stream(task_id).state in ("queued", "retrying"))
+        return list(islice(left, wanted))
+
+    def lease_until(self, task_id: UUID) -> Stamp | None:
+        try:
+            return self._queue.leases[task_id]
+        except KeyError:
+            raise NotLoaded(under_lock=task_id) from None
+
     def refusals_left(self, principal: str) -> int:
         return self._known.refusals_left(principal) - self.refused[principal]
 
@@ -161,32 +175,44 @@ class Batch:
         command = pending.command
         for stream_id in command.reads:
             self._expired(stream_id)
+        if isinstance(command, ClaimTasks) and command.kinds is not UNSET:
+            for stream_id in self.offered(command):
+                self._expired(stream_id)
         state = self._expired(pending.target)
         earlier = self.receipts.get(pending.key)
         if earlier is not None:  # a sweeper's command, which the line above or a neighbour has just done
             return replace(earlier, replayed=True)
         try:
             self._admit(pending, state)
-            facts = RULES[command.stream_type][0].decide(state, command, self)
+            facts = self._facts(pending, state)
         except MunimentError as refusal:
             return self._refuse(pending, refusal) if refusal.recorded else refusal
+        except RefusedOnRecord as late:
+            return self._refuse(pending, late.refusal, late.fact)
+        except Same as same:
+            row = self._row(pending, 200, 0, 0)._replace(target=same.stream_id)
+            self.append.commands.append(row)
+            return self._receipt(pending, row, self.stream(same.stream_id))
         return self._effect(pending, state, facts)
 
     def _expired(self, stream_id: UUID) -> Any:
         """The state of a stream after its expiry, if that is due: it never waits for the sweeper, and it comes
         first, also when the command is then refused."""
         state = self.stream(stream_id)
-        if isinstance(state, session.Session):
-            expiry = session.due(state, self.now)
-            if expiry is not None:
-                pending = self._system(expiry, expiry_command_id(expiry))
-                return self._effect(pending, state, session.decide(state, expiry, self)).state
+        if state is not None and (rules := RULES_OF.get(type(state))):
+            while due := rules.due(state, self.now):
+                pending = self._system(due, due.due_id)
+                state = self._effect(pending, state, self._facts(pending, state)).state
         return state
+
+    def _facts(self, pending: Pending, state: Any) -> Sequence[Fact | On]:
+        self._deciding = pending
+        return RULES[pending.command.stream_type][0].decide(state, pending.command, self)
 
     def _admit(self, pending: Pending, state: Any) -> None:
         """Refuse a command that this actor may not give, or not on what is really there."""
         command, actor = pending.command, pending.actor
-        if actor is not SYSTEM and command.roles.isdisjoint(actor.roles):
+        if command.roles is not None and actor is not SYSTEM and command.roles.isdisjoint(actor.roles):
             raise Forbidden(action=type(command).__name__, needed=sorted(command.roles), roles=list(actor.roles))
         claimed = command.occurred_at
         if claimed is not UNSET and claimed > self.recorded_at + timedelta(seconds=CLAIM_AHEAD_SECONDS):
@@ -202,11 +228,11 @@ class Batch:
             if version != pending.expected_version:
                 raise PreconditionFailed(id=pending.target, expected=pending.expected_version, current=version)
 
-    def _effect(self, pending: Pending, state: Any, facts: list[Fact]) -> Receipt:
+    def _effect(self, pending: Pending, state: Any, facts: Sequence[Fact | On]) -> Receipt:
         """Record the facts, and then, in the same commit, what follows from them, level by level."""
-        if not facts and pending.actor is SYSTEM:
-            # Too early, or too late: it leaves no trace, for the same id may be right the next time.
-            return _said(self._row(pending, 200, 0, 0), state)
+        if not facts and (pending.actor is SYSTEM or isinstance(pending.command, ClaimTasks)):
+            # Too early, too late, or nothing to be had: no trace, for the same id may find something the next time.
+            return _said(self._row(pending, 200, 0, 0), () if isinstance(pending.command, ClaimTasks) else state)
         row = len(self.append.commands)
         after = self.size + len(facts)
         triggers = deque((pending, event) for event in self._record(pending, state, facts))
@@ -217,14 +243,20 @@ class Batch:
                     triggers.extend(self._react(cause, event, command))
         if self.size > after:  # the answer has seen what followed
             self.append.commands[row] = self.append.commands[row]._replace(seen_position=self.size)
+        if isinstance(pending.command, ClaimTasks):
+            claimed = (part.stream_id if isinstance(part, On) else pending.target for part in facts)
+            return self._receipt(pending, self.append.commands[row], tuple(map(self.stream, claimed)))
         return self._receipt(pending, self.append.commands[row], self.stream(pending.target))
 
-    def _record(self, pending: Pending, state: Any, facts: list[Fact]) -> list[Event[Any]]:
+    def _record(self, pending: Pending, state: Any, facts: Sequence[Fact | On]) -> list[Event[Any]]:
         first = self.size + 1
         events = []
-        for index, fact in enumerate(facts):
-            events.append(self._stage(pending, state, fact, index))
-            state = self.streams[pending.target]
+        for index, part in enumerate(facts):
+            if isinstance(part, On):
+                events.append(self._stage(pending, part.stream_id, self.stream(part.stream_id), part.fact, index))
+            else:
+                events.append(self._stage(pending, pending.target, state, part, index))
+                state = self.streams[pending.target]
         status = 201 if pending.command.creates else 200
         self.append.commands.append(self._row(pending, status, first, len(facts)))
         return events
@@ -237,7 +269,7 @@ class Batch:
         pending.traceparent = cause.traceparent
         state = self._expired(target)
         try:
-            facts = RULES[command.stream_type][0].decide(state, command, self)
+            facts = self._facts(pending, state)
         except MunimentError:
             return  # it ended by itself, just now
         followed = self._record(pending, state, facts)
@@ -258,39 +290,29 @@ class Batch:
             fingerprint=self._vault.fingerprint(self.project_id, asked),
         )
 
-    def _refuse(self, pending: Pending, refusal: MunimentError) -> Verdict:
-        """A refusal is a fact of its own: one event, in its own stream. Too many a minute are not."""
+    def _refuse(self, pending: Pending, refusal: MunimentError, fact: Fact | None = None) -> Verdict:
+        """A refusal is a fact too: one event, `fact` in the command's own stream or one in a stream of the refusal's.
+        Too many a minute are not."""
         if self.refusals_left(pending.principal) <= 0:
             return RateLimited(limit=REFUSALS_PER_MINUTE_MAX)
         self.refused[pending.principal] += 1
-        command = pending.command
-        attempted = msgspec.json.decode(pending.canonical)
-        del attempted["type"]
-        fact = CommandRefused(
-            command_type=type(command).__name__,
-            target=command.target,
-            status=refusal.status,
-            code=refusal.code,
-            params=msgspec.to_builtins(refusal.params),
-            attempted=attempted,
-        )
-        self._stage(pending, None, fact, 0)
+        if fact is not None:
+            self._stage(pending, pending.target, self.stream(pending.target), fact, 0)
+        else:
+            # The keyed fingerprint is in it, or a stranger could compute the id and take it first.
+            name = f"{pending.principal}\n{pending.command_id}\n{pending.fingerprint.hex()}"
+            self._stage(pending, uuid5(self.ledger_id, name), None, _refused(pending, refusal), 0)
         row = self._row(pending, refusal.status, self.size, 1)
         self.append.commands.append(row)
         return self._receipt(pending, row, None, refusal)
 
     # Rows
 
-    def _stage(self, pending: Pending, before: Any, fact: Fact, index: int) -> Event[Any]:
-        """Give one fact its place, after `before`, and its bytes. Returns the event as it was decided, before
-        sealing."""
+    def _stage(self, pending: Pending, stream_id: UUID, before: Any, fact: Fact, index: int) -> Event[Any]:
+        """Give one fact its place in a stream, after `before`, and its bytes. Returns the event as it was decided,
+        before sealing."""
         command = pending.command
         stream_type = fact.stream_type
-        stream_id = pending.target
-        if stream_type == "refusal":
-            # The keyed fingerprint is in it, or a stranger could compute the id and take it first.
-            name = f"{pending.principal}\n{pending.command_id}\n{pending.fingerprint.hex()}"
-            stream_id = uuid5(self.ledger_id, name)
         session_id, root_session_id = self._session_of(pending, before, fact)
         event: Event[Any] = Event(
             v=1,
@@ -325,8 +347,16 @@ class Batch:
             EventRow(stream_id, event.stream_version, event.type, entry, leaf_hash(entry), payload)
         )
         if stream_type != "refusal":
-            self.streams[stream_id] = RULES[stream_type][0].evolve(before, sealed)
-        self._keep_items(sealed)
+            rules = RULES[stream_type][0]
+            after = self.streams[stream_id] = rules.evolve(before, sealed)
+            if before is not None:
+                self._keep_item(rules.item(before), rules.item(after))
+            elif isinstance(after, session.Session) and after.parent_session_id is None:
+                self.items[stream_id] = {}  # nothing can be open yet under what is new
+            else:
+                self._keep_item(None, rules.item(after))
+            if stream_type == "task":
+                self._keep_task(before, after)
         return event
 
     def _seal(self, event: Event[Any]) -> Event[Any]:
@@ -348,44 +378,69 @@ class Batch:
     def _session_of(self, pending: Pending, before: Any, fact: Fact) -> tuple[UUID | None, UUID | None]:
         """The session an event belongs to, and the root above it."""
         command = pending.command
-        if isinstance(before, session.Session):
+        if before is not None:
             return before.session_id, before.root_session_id
         session_id = pending.target if command.stream_type == "session" else getattr(command, "session_id", None)
-        if not isinstance(session_id, UUID):
-            return None, None
-        state = self.stream(session_id)
-        if isinstance(state, session.Session):
-            return session_id, state.root_session_id
-        if fact.stream_type == "refusal":
-            return None, None
-        parent = self.stream(parent_id) if (parent_id := getattr(command, "parent_session_id", None)) else None
-        return session_id, parent.root_session_id if parent is not None else session_id
+        if isinstance(session_id, UUID):
+            state = self.stream(session_id)
+            if isinstance(state, session.Session):
+                return session_id, state.root_session_id
+            if fact.stream_type == "refusal":
+                return None, None
+            parent = self.stream(parent_id) if (parent_id := getattr(command, "parent_session_id", None)) else None
+            return session_id, parent.root_session_id if parent is not None else session_id
+        # What is asked for a task belongs to the session of the task; what stands instead of something, to its.
+        of = getattr(command, "task_id", None) or command.target
+        state = self.stream(of) if isinstance(of, UUID) and self.knows(of) else None
+        return getattr(state, "session_id", None), getattr(state, "root_session_id", None)
 
-    def _keep_items(self, event: Event[Any]) -> None:
-        item = opened(event)
-        if item is not None:
-            self._items_of(item.root_session_id)[item.item_id] = item
-            self.append.opened[item.item_id] = item
-        elif closes(event):
-            state = self.streams[event.stream_id]
-            if state.parent_session_id is None:
-                return
-            with suppress(NotLoaded):  # what was never read needs no keeping
-                self._items_of(state.root_session_id).pop(event.stream_id, None)
-            if self.append.opened.pop(event.stream_id, None) is None:
-                self.append.closed.add(event.stream_id)
+    def _keep_item(self, before: OpenItem | None, after: OpenItem | None) -> None:
+        if before == after:
+            return
+        item = after or before
+        assert item is not None
+        with suppress(NotLoaded):  # what was never read needs no keeping
+            items = self._items_of(item.root_session_id)
+            items.pop(item.item_id, None)
+            if after is not None:
+                items[after.item_id] = after
+        if after is not None:
+            self.append.closed.discard(item.item_id)
+            self.append.opened[item.item_id] = after
+        else:
+            self.append.opened.pop(item.item_id, None)
+            self.append.closed.add(item.item_id)
+
+    def _keep_task(self, before: task.Task | None, after: task.Task) -> None:
+        self.append.tasks[after.task_id] = task.queued(after)
+        if after.state == "queued" and (before is None or before.state != "queued"):
+            self._offered_here.setdefault(after.kind, deque()).append(after.task_id)
 
     def _items_of(self, root_session_id: UUID) -> dict[UUID, OpenItem]:
         return self.items.setdefault(root_session_id, dict(self.open_items(root_session_id)))
 
     def _row(self, pending: Pending, status: int, first: int, count: int) -> CommandRow:
         kind = type(pending.command).__name__
-        key, mark, target = pending.key, pending.fingerprint, pending.target
+        key, mark = pending.key, pending.fingerprint
+        target = pending.target if pending.command.creates else pending.command.target
         return CommandRow(*key, mark, kind, target, status, first if count else 0, count, self.size)
 
     def _receipt(self, pending: Pending, row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:
         receipt = self.receipts[pending.key] = _said(row, state, refusal)
         return receipt
+
+
+def _refused(pending: Pending, refusal: MunimentError) -> CommandRefused:
+    attempted = msgspec.json.decode(pending.canonical)
+    del attempted["type"]
+    return CommandRefused(
+        command_type=type(pending.command).__name__,
+        target=pending.command.target,
+        status=refusal.status,
+        code=refusal.code,
+        params=msgspec.to_builtins(refusal.params),
+        attempted=attempted,
+    )
 
 
 def _said(row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:

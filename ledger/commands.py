@@ -11,7 +11,20 @@ from uuid import UUID
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from ledger.errors import MunimentError
-from ledger.events import ONE_LINE, AgentDescription, Artifact, Json, Line, Ref, Stamp, Usage
+from ledger.values import (
+    ONE_LINE,
+    Action,
+    AgentDescription,
+    Artifact,
+    Digest,
+    Json,
+    Line,
+    Quorum,
+    Ref,
+    Risk,
+    Usage,
+    Voter,
+)
 
 TEXT_CHARACTERS_MAX = 4096
 EXACT_INTEGER_MAX = 2**53 - 1
@@ -45,7 +58,8 @@ class Command(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=Tr
     target_field: ClassVar[str]
     stream_type: ClassVar[str]
     creates: ClassVar[bool] = False
-    roles: ClassVar[frozenset[str]]
+    roles: ClassVar[frozenset[str] | None]
+    """One of these is needed to give it. None: its rules say who may."""
 
     command_id: CommandId | UnsetType = UNSET
     expected_version: Annotated[int, Meta(ge=0, le=EXACT_INTEGER_MAX)] | UnsetType = UNSET
@@ -155,18 +169,288 @@ class Record(Command, kw_only=True, tag=True):
         return (self.session_id, self.parent_record_id) if self.parent_record_id else (self.session_id,)
 
 
-class ExpireSession(Command, kw_only=True, tag=True):
-    """Time ran out. Given by the system alone, with an id made from stream and deadline."""
+# Tasks
 
-    target_field = "session_id"
-    stream_type = "session"
-    roles = frozenset()
+LEASE_SECONDS = 60
 
-    session_id: UUID
-    deadline: Stamp
+Seconds = Annotated[int, Meta(ge=1, le=86_400)]
+Days = Annotated[int, Meta(ge=1, le=30 * 86_400)]
 
 
-COMMANDS: tuple[type[Command], ...] = (OpenSession, ChangeSession, CancelSession, AnnotateSession, Record)
+class Start(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who begins the submitted task at once: the caller."""
+
+    worker: Line
+    lease_seconds: Seconds = LEASE_SECONDS
+    lease_id: UUID | None = None
+
+
+class SubmitTask(Command, kw_only=True, tag=True):
+    """Submit work: handed out to a worker by kind, or with `start` begun by the caller at once."""
+
+    target_field = "task_id"
+    stream_type = "task"
+    creates = True
+    roles = frozenset({"agent"})
+
+    kind: Kind
+    task_id: UUID | UnsetType = UNSET
+    session_id: UUID | None = None
+    payload: Any = None
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5
+    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
+    backoff_seconds: Annotated[int, Meta(ge=0, le=3600)] = 2
+    run_at: Moment | None = None
+    deadline_at: Moment | None = None
+    start: Start | None = None
+
+    @property
+    def reads(self) -> tuple[UUID, ...]:
+        return (self.session_id,) if self.session_id else ()
+
+
+class ClaimTasks(Command, kw_only=True, tag=True):
+    """Claim work: up to `n` tasks of these kinds, or one by its id. What is claimed is leased to the caller alone."""
+
+    target_field = "task_id"
+    stream_type = "task"
+    roles = frozenset({"agent"})
+
+    worker: Line
+    kinds: Annotated[tuple[Kind, ...], Meta(min_length=1, max_length=100)] | UnsetType = UNSET
+    task_id: UUID | UnsetType = UNSET
+    session_id: UUID | None = None
+    n: Annotated[int, Meta(ge=1, le=100)] = 1
+    lease_seconds: Seconds = LEASE_SECONDS
+
+
+class CompleteTask(Command, kw_only=True, tag=True):
+    """Say what came out of a task that is leased to the caller."""
+
+    target_field = "task_id"
+    stream_type = "task"
+    roles = frozenset({"agent"})
+
+    lease_id: UUID
+    task_id: UUID | UnsetType = UNSET
+    result: Any = None
+    is_error: bool = False
+
+
+class FailTask(Command, kw_only=True, tag=True):
+    """Say that the attempt failed: it is tried again, or dead once its attempts are used up or cannot help."""
+
+    target_field = "task_id"
+    stream_type = "task"
+    roles = frozenset({"agent"})
+
+    lease_id: UUID
+    task_id: UUID | UnsetType = UNSET
+    error: Any = None
+    retryable: bool = True
+
+
+class SuspendTask(Command, kw_only=True, tag=True):
+    """Wait for an approval of this task without holding its lease; any decision of it resumes the task."""
+
+    target_field = "task_id"
+    stream_type = "task"
+    roles = frozenset({"agent"})
+
+    lease_id: UUID
+    approval_id: UUID
+    task_id: UUID | UnsetType = UNSET
+
+    @property
+    def reads(self) -> tuple[UUID, ...]:
+        return (self.approval_id,)
+
+
+class CancelTask(Command, kw_only=True, tag=True):
+    """Cancel a task that has not ended; its worker's result will come too late."""
+
+    target_field = "task_id"
+    stream_type = "task"
+    roles = frozenset({"agent", "operator"})
+
+    task_id: UUID | UnsetType = UNSET
+    reason: Text | None = None
+
+
+class RedriveTask(Command, kw_only=True, tag=True):
+    """Take a task out of the dead letters and offer it again."""
+
+    target_field = "task_id"
+    stream_type = "task"
+    roles = frozenset({"operator"})
+
+    reason: Text
+    task_id: UUID | UnsetType = UNSET
+
+
+# Approvals
+
+
+class RequestApproval(Command, kw_only=True, tag=True):
+    """Ask people whether this exact action may run. An open request for the same is answered as it is now."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    creates = True
+    roles = frozenset({"agent", "importer"})
+
+    action: Action
+    approval_id: UUID | UnsetType = UNSET
+    session_id: UUID | None = None
+    task_id: UUID | None = None
+    call_key: Line | None = None
+    summary: Text | None = None
+    reason: Text | None = None
+    risk: Risk = "medium"
+    quorum: Quorum = Quorum()
+    expires_at: Moment | None = None
+    valid_for_seconds: Days = 900
+    uses: Annotated[int, Meta(ge=1, le=1000)] = 1
+    outcome_within_seconds: Seconds = 300
+    imported: bool = False
+
+    @property
+    def reads(self) -> tuple[UUID, ...]:
+        return tuple(i for i in (self.session_id, self.task_id) if i)
+
+
+class PresentApproval(Command, kw_only=True, tag=True):
+    """Say that the caller was shown the request, and where."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = frozenset({"approver"})
+
+    channel: Line
+    approval_id: UUID | UnsetType = UNSET
+
+
+class CastVote(Command, kw_only=True, tag=True):
+    """Approve or deny what `digest_seen` commits to. One vote a person, and none by whoever it is asked for."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = None
+
+    verdict: Literal["approve", "deny"]
+    approval_id: UUID | UnsetType = UNSET
+    digest_seen: Digest | None = None
+    reason: Text | None = None
+    voter: Voter | None = None
+
+
+class WithdrawVote(Command, kw_only=True, tag=True):
+    """Take one's vote back while nothing is decided."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = None
+
+    approval_id: UUID | UnsetType = UNSET
+
+
+class EditApproval(Command, kw_only=True, tag=True):
+    """Ask about a changed action instead: the request is superseded by a new one of the same requester."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = frozenset({"approver"})
+
+    action: Action
+    approval_id: UUID | UnsetType = UNSET
+    new_approval_id: UUID | UnsetType = UNSET
+    summary: Text | None = None
+    reason: Text | None = None
+
+
+class WithdrawApproval(Command, kw_only=True, tag=True):
+    """Take a request back: the one who asked."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = frozenset({"agent"})
+
+    approval_id: UUID | UnsetType = UNSET
+    reason: Text | None = None
+
+
+class CancelApproval(Command, kw_only=True, tag=True):
+    """End a request that nobody needs to decide any more."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = frozenset({"operator"})
+
+    approval_id: UUID | UnsetType = UNSET
+    reason: Text | None = None
+
+
+class RevokeApproval(Command, kw_only=True, tag=True):
+    """Take an approval back that is not being used."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = frozenset({"approver", "operator"})
+
+    approval_id: UUID | UnsetType = UNSET
+    reason: Text | None = None
+
+
+class BeginUse(Command, kw_only=True, tag=True):
+    """Begin to run what was approved: it is checked once more, at this moment, that this is it."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = frozenset({"agent"})
+
+    execution_id: UUID
+    action: Action
+    approval_id: UUID | UnsetType = UNSET
+    audience: Line | None = None
+
+
+class RecordOutcome(Command, kw_only=True, tag=True):
+    """Say what came of an execution."""
+
+    target_field = "approval_id"
+    stream_type = "approval"
+    roles = frozenset({"agent"})
+
+    execution_id: UUID
+    outcome: Literal["ok", "failed"]
+    approval_id: UUID | UnsetType = UNSET
+    result: Any = None
+
+
+COMMANDS: tuple[type[Command], ...] = (
+    OpenSession,
+    ChangeSession,
+    CancelSession,
+    AnnotateSession,
+    Record,
+    SubmitTask,
+    ClaimTasks,
+    CompleteTask,
+    FailTask,
+    SuspendTask,
+    CancelTask,
+    RedriveTask,
+    RequestApproval,
+    PresentApproval,
+    CastVote,
+    WithdrawVote,
+    EditApproval,
+    WithdrawApproval,
+    CancelApproval,
+    RevokeApproval,
+    BeginUse,
+    RecordOutcome,
+)
 """What a caller may send; the system's own commands are not among them."""
 
 

@@ -8,32 +8,27 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from uuid import UUID
 
 import msgspec
-import psycopg
 from msgspec import UNSET
-from psycopg_pool import PoolTimeout
 from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.commands import Command, Receipt
 from ledger.entry import canonical
 from ledger.errors import MunimentError, StoreUnavailable, UnknownProject
-from ledger.events import Actor
 from ledger.memory import Refusals
 from ledger.pending import Pending, Verdict
 from ledger.postgres import Clock, Pool, store_errors
 from ledger.project_key import UnusableKey
 from ledger.replay import recall
 from ledger.store import Ledger
+from ledger.values import Actor
 from ledger.vault import Vault, subjects
+from ledger.watch import Watch
 from ledger.writer import Writer
 
 log = logging.getLogger(__name__)
-
-ANNOUNCE_SECONDS = 0.005
-"""Between two NOTIFYs: each passes a lock that the whole server shares."""
 
 
 class Committer:
@@ -43,13 +38,12 @@ class Committer:
         self.pool = pool
         self.vault = vault
         self.clock = Clock()
+        self.watch = Watch(pool)
         self.refusals = Refusals()
         self.session_retention_days = session_retention_days
         self._create_ledgers = create_ledgers
         self._writers: dict[str, Writer] = {}
         self._opening: dict[tuple[str, bool], asyncio.Task[Writer]] = {}
-        self._grown: set[UUID] = set()
-        self._announcing: asyncio.Task[None] | None = None
 
     async def submit(
         self, project_id: str, command: Command, actor: Actor, *, traceparent: str | None = None
@@ -97,8 +91,7 @@ class Committer:
     async def close(self) -> None:
         """Finish what was accepted; then nothing is on its way any more."""
         await asyncio.gather(*(writer.drained() for writer in self._writers.values()))
-        if self._announcing is not None:
-            await self._announcing
+        await self.watch.closed()
 
     async def _writer(self, project_id: str, *, create: bool = True) -> Writer:
         writer = self._writers.get(project_id)
@@ -130,7 +123,7 @@ class Committer:
             clock=self.clock,
             refusals=self.refusals,
             session_retention_days=self.session_retention_days,
-            announce=self.announce,
+            announce=self.watch.appended,
         )
         return self._writers.setdefault(project_id, writer)
 
@@ -156,20 +149,6 @@ class Committer:
             traceparent=traceparent,
             data_keys=keys,
         )
-
-    def announce(self, ledger_id: UUID) -> None:
-        """Wake whoever listens, soon: a hint, for they look for themselves now and then."""
-        self._grown.add(ledger_id)
-        if self._announcing is None or self._announcing.done():
-            self._announcing = asyncio.create_task(self._announce())
-
-    async def _announce(self) -> None:
-        while self._grown:
-            ledger_ids, self._grown = self._grown, set()
-            with suppress(psycopg.Error, PoolTimeout):
-                async with self.pool.connection() as connection:
-                    await store.announce(connection, ledger_ids)
-            await asyncio.sleep(ANNOUNCE_SECONDS)
 
 
 @contextmanager

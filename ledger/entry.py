@@ -14,7 +14,8 @@ import msgspec
 from msgspec import Struct
 
 from ledger.errors import UpgradeRequired
-from ledger.events import FACTS, Actor, Fact, Ref, Stamp
+from ledger.events import FACTS, Fact
+from ledger.values import Actor, Ref, Stamp
 
 ENTRY_BYTES_MAX = 60 * 1024
 """A larger event keeps its `data` beside the entry, which then carries its digest and length."""

@@ -65,8 +65,8 @@ class Unauthenticated(MunimentError):
 
 
 class Forbidden(MunimentError):
-    code, status, title = "forbidden", 403, "Your roles do not allow this"
-    template = "{action} needs one of the roles {needed}; this token has {roles}. Ask for a token with such a role."
+    code, status, title = "forbidden", 403, "You may not do this"
+    template = "{action} is for: {needed}. This token has the roles: {roles}. Ask with one that may."
 
 
 class UnknownProject(MunimentError):
@@ -75,6 +75,16 @@ class UnknownProject(MunimentError):
         "The project {project} has no ledger here. An operator creates one with `muniment project create {project}`."
     )
     unrecordable = True  # there is no ledger to record it in
+
+
+class SelfApprovalForbidden(MunimentError):
+    code, status, title = "self_approval_forbidden", 403, "Nobody approves what is asked for them"
+    template = "{sub} asked for {id}, or it was asked on their behalf. Somebody else has to decide it."
+
+
+class NotEligible(MunimentError):
+    code, status, title = "not_eligible", 403, "You may not vote on this"
+    template = "{why}. A vote on {id} is for a person with one of the roles {roles}."
 
 
 class NotFound(MunimentError):
@@ -93,6 +103,41 @@ class MethodNotAllowed(MunimentError):
 class AlreadyExists(MunimentError):
     code, status, title = "already_exists", 409, "That id is taken"
     template = "The {what} {id} already exists. Choose another id, or leave it out and one is made."
+
+
+class LeaseLost(MunimentError):
+    code, status, title = "lease_lost", 409, "The task is not leased to you any more"
+    template = "The lease {lease_id} of task {id} is not the one in force. What you brought has no effect; claim again."
+
+
+class DigestMismatch(MunimentError):
+    code, status, title = "digest_mismatch", 409, "That is not what was asked about"
+    template = "For {id} the {what} is {expected}, and you sent {sent}. Read the approval again, and look at it."
+
+
+class AlreadyVoted(MunimentError):
+    code, status, title = "already_voted", 409, "You have voted the other way"
+    template = "Your vote on {id} is: {verdict}. Withdraw it first, while nothing is decided."
+
+
+class ExecutionStarted(MunimentError):
+    code, status, title = "execution_started", 409, "It is being run"
+    template = "The execution {execution_id} of {id} has begun, and nobody has said what came of it."
+
+
+class UsesExhausted(MunimentError):
+    code, status, title = "uses_exhausted", 409, "It was used already"
+    template = "{id} was approved for {uses} use(s), and all were begun. Ask again."
+
+
+class NotUsable(MunimentError):
+    code, status, title = "not_usable", 409, "It can never be used"
+    template = "{id} is imported history. Ask again, here, to run such an action."
+
+
+class RequestExpired(MunimentError):
+    code, status, title = "approval_expired", 410, "It is too late for that"
+    template = "The time of {id} ended at {deadline}. A timeout is never a yes: ask again."
 
 
 class PreconditionFailed(MunimentError):
@@ -129,6 +174,11 @@ class IdempotencyKeyReused(MunimentError):
 class SessionFull(MunimentError):
     code, status, title = "session_full", 422, "The session has too many open items"
     template = "The session {id} already has {limit} open items. Finish or cancel some first."
+
+
+class OpenWork(MunimentError):
+    code, status, title = "open_work", 422, "The session has open work"
+    template = "The session {id} has {count} open tasks or approvals. End them, or use `force` with a `reason`."
 
 
 class UnknownParent(MunimentError):

@@ -1,124 +1,17 @@
-"""Every fact that can ever be recorded, and the values that facts are made of.
+"""Every fact that can ever be recorded.
 
 A fact is the `data` of one event (`entry.py` has the envelope and the bytes). New fields are added with
 defaults; a field is never renamed and never changes its meaning, for what was recorded is read for ever.
 """
 
-from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from uuid import UUID
 
-from msgspec import Meta, Struct, field
+from msgspec import Struct, field
 
-# Values
+from ledger.values import AgentDescription, Artifact, Json, Principal, Quorum, Risk, Stamp, Usage, Voter
 
-Stamp = str
-"""A time as it is stored and shown: `YYYY-MM-DDTHH:MM:SS.ffffffZ`. Fixed width, so stamps sort as text."""
-
-ONE_LINE = r"^[^\x00-\x1f\x7f]*$(?!\n)"
-"""In Python `$` also matches before a last line feed, and JSON Schema has no `\\Z`: so every pattern ends like this."""
-
-Line = Annotated[str, Meta(min_length=1, max_length=255, pattern=ONE_LINE)]
-"""One line of text without control characters: names, roles, the caller's own ids."""
-
-Json = dict[str, Any]
-
-
-def stamp(moment: datetime) -> Stamp:
-    """`moment` (aware) as a Stamp."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def moment(text: Stamp) -> datetime:
-    """The aware datetime behind a Stamp."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
-
-
-class Ref(Struct, frozen=True, forbid_unknown_fields=True):
-    """A thing of the caller's world that this is about, such as `invoice:9`. Searchable."""
-
-    type: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f:]*$(?!\n)")]
-    id: Line
-
-
-class Principal(Struct, frozen=True):
-    """One person or one machine, compared exactly (SPEC §3)."""
-
-    issuer: str
-    sub: str
-
-
-class Actor(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who did it, as authenticated; never what the caller says of itself."""
-
-    issuer: str
-    sub: str
-    kind: Literal["human", "agent", "service", "system"]
-    assurance: Literal["authenticated", "asserted", "imported"]
-    roles: tuple[str, ...] = ()
-    client: str | None = None
-    on_behalf_of: tuple[Principal, ...] = ()
-    name: Any = None
-    auth_time: int | None = None
-    acr: str | None = None
-    amr: tuple[str, ...] = ()
-
-    @property
-    def principal(self) -> str:
-        """`issuer#sub`: one text per person, since an issuer has no fragment (OpenID Connect Discovery s3)."""
-        return f"{self.issuer}#{self.sub}"
-
-
-SYSTEM = Actor(issuer="muniment", sub="system", kind="system", assurance="authenticated")
-"""The actor of what nobody asked for: expiry and reactions."""
-
-
-class AgentDescription(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What an agent says it is. Asserted by the caller, and never mixed with the authenticated actor."""
-
-    name: Line | None = None
-    version: Line | None = None
-    provider: Line | None = None
-    model: Line | None = None
-    instructions_digest: "Digest | None" = None
-    tools_digest: "Digest | None" = None
-    policy_digest: "Digest | None" = None
-
-
-Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$(?!\n)")]
-Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
-
-
-class Cost(Struct, frozen=True, forbid_unknown_fields=True):
-    """Money, as a decimal string: a binary fraction cannot hold a cent."""
-
-    amount: Annotated[str, Meta(pattern=r"^-?[0-9]{1,30}(\.[0-9]{1,30})?$(?!\n)")]
-    currency: Annotated[str, Meta(pattern=r"^[A-Z]{3}$(?!\n)")]
-
-
-class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What a model call used, in tokens."""
-
-    provider: Line | None = None
-    model: Line | None = None
-    input_tokens: Count | None = None
-    output_tokens: Count | None = None
-    cached_input_tokens: Count | None = None
-    reasoning_tokens: Count | None = None
-    cost: Cost | None = None
-
-
-class Artifact(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A file kept elsewhere; its digest makes it part of the evidence."""
-
-    uri: Annotated[str, Meta(min_length=1, max_length=2048, pattern=ONE_LINE)] | None = None
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")] | None = None
-    media_type: Line | None = None
-    size_bytes: Count | None = None
-    name: Line | None = None
-
-
-# Facts. `stream_type` says whose history a fact belongs to; `personal` names the fields that may hold
+# `stream_type` says whose history a fact belongs to; `personal` names the fields that may hold
 # a `$personal` value, which is sealed before the entry is encoded.
 
 
@@ -202,6 +95,265 @@ class FactRecorded(Fact, frozen=True):
     body: Any = None
     usage: Usage | None = None
     artifacts: tuple[Artifact, ...] = ()
+
+
+# Tasks
+
+
+class TaskSubmitted(Fact, frozen=True):
+    """Work to be handed out, not before `run_at`, nor after `deadline_at`."""
+
+    stream_type = "task"
+    personal = ("payload",)
+    kind: str
+    run_at: Stamp
+    payload: Any = None
+    priority: int = 5
+    max_attempts: int = 3
+    backoff_seconds: int = 2
+    deadline_at: Stamp | None = None
+
+
+class TaskQueued(Fact, frozen=True):
+    """Its time to be tried again has come."""
+
+    stream_type = "task"
+
+
+class TaskClaimed(Fact, frozen=True):
+    """An attempt has begun. Until `lease_until`, or for as long as it sends heartbeats, the task is its own."""
+
+    stream_type = "task"
+    attempt: int
+    worker: str
+    lease_id: UUID
+    lease_until: Stamp
+
+
+class TaskCompleted(Fact, frozen=True):
+    stream_type = "task"
+    personal = ("result",)
+    lease_id: UUID
+    result: Any = None
+    is_error: bool = False
+
+
+class AttemptFailed(Fact, frozen=True):
+    """What follows stands in the next event: another attempt, or the end of them."""
+
+    stream_type = "task"
+    personal = ("error",)
+    attempt: int
+    lease_id: UUID
+    error: Any = None
+    retryable: bool = True
+
+
+class AttemptLost(Fact, frozen=True):
+    """Nothing was heard of the attempt until `lease_until`."""
+
+    stream_type = "task"
+    attempt: int
+    lease_id: UUID
+    lease_until: Stamp
+
+
+class TaskRetryScheduled(Fact, frozen=True):
+    stream_type = "task"
+    run_at: Stamp
+
+
+class TaskDeadLettered(Fact, frozen=True):
+    stream_type = "task"
+    attempts: int
+
+
+class TaskSuspended(Fact, frozen=True):
+    """It waits for an approval, and holds no lease meanwhile. Without `lease_id` it waited already: what it waited
+    for was superseded by this one."""
+
+    stream_type = "task"
+    approval_id: UUID
+    lease_id: UUID | None = None
+
+
+class TaskResumed(Fact, frozen=True):
+    """The approval it waited for was decided: it is offered again, and that costs no attempt."""
+
+    stream_type = "task"
+    approval_id: UUID
+    decision: str
+
+
+class TaskCancelled(Fact, frozen=True):
+    stream_type = "task"
+    personal = ("reason",)
+    reason: Any = None
+
+
+class TaskExpired(Fact, frozen=True):
+    stream_type = "task"
+    deadline: Stamp
+
+
+class TaskRedriven(Fact, frozen=True):
+    """Out of the dead letters and offered again, with as many attempts as it had at first."""
+
+    stream_type = "task"
+    personal = ("reason",)
+    reason: Any = None
+
+
+class LateResultRefused(Fact, frozen=True):
+    """What a worker brought whose lease was no longer its own. Kept, and without effect."""
+
+    stream_type = "task"
+    personal = ("result",)
+    lease_id: UUID
+    outcome: Literal["completed", "failed", "suspended"]
+    result: Any = None
+
+
+# Approvals
+
+
+class ApprovalRequested(Fact, frozen=True):
+    """A question to people: may this action run? The digests are salted commitments over RFC 8785 forms.
+
+    `requester` and `on_behalf_of` are those who may never vote on it; after an edit they are still the first
+    request's, and `edited_by` is who changed the action. `root` is what it is open under where that is not the
+    envelope's root session, and `match` the keyed hash by which another request for the same is known.
+    """
+
+    stream_type = "approval"
+    personal = ("action", "summary", "salts")
+    action: Any
+    requester: Principal
+    risk: Risk
+    quorum: Quorum
+    expires_at: Stamp
+    valid_for_seconds: int
+    uses: int
+    outcome_within_seconds: int
+    action_digest: str
+    request_digest: str
+    salts: Any
+    on_behalf_of: tuple[Principal, ...] = ()
+    task_id: UUID | None = None
+    call_key: str | None = None
+    summary: Any = None
+    supersedes: UUID | None = None
+    edited_by: Principal | None = None
+    imported: bool = False
+    root: UUID | None = None
+    match: str | None = None
+
+
+class ApprovalPresented(Fact, frozen=True):
+    """The actor was shown it."""
+
+    stream_type = "approval"
+    channel: str
+
+
+class VoteCast(Fact, frozen=True):
+    """`voter` is set where an importer brought it; else the actor voted."""
+
+    stream_type = "approval"
+    personal = ("reason",)
+    verdict: Literal["approve", "deny"]
+    digest_seen: str | None = None
+    reason: Any = None
+    voter: Voter | None = None
+
+
+class VoteWithdrawn(Fact, frozen=True):
+    stream_type = "approval"
+
+
+class ApprovalGranted(Fact, frozen=True):
+    stream_type = "approval"
+    approved_until: Stamp
+
+
+class ApprovalDenied(Fact, frozen=True):
+    stream_type = "approval"
+
+
+class ApprovalExpired(Fact, frozen=True):
+    """Nobody decided in time. That is never a yes."""
+
+    stream_type = "approval"
+    deadline: Stamp
+
+
+class ApprovalWithdrawn(Fact, frozen=True):
+    stream_type = "approval"
+    personal = ("reason",)
+    reason: Any = None
+
+
+class ApprovalCancelled(Fact, frozen=True):
+    """`cause` is what made the question pointless: an operator, or the end of its session or task."""
+
+    stream_type = "approval"
+    personal = ("reason",)
+    cause: Literal["operator", "session_ended", "task_ended"]
+    reason: Any = None
+
+
+class ApprovalSuperseded(Fact, frozen=True):
+    stream_type = "approval"
+    by: UUID
+
+
+class ApprovalUseBegun(Fact, frozen=True):
+    """What was approved is being run. Nothing said of it by `outcome_by` means that nobody knows."""
+
+    stream_type = "approval"
+    execution_id: UUID
+    outcome_by: Stamp
+    audience: str | None = None
+
+
+class ApprovalUseCompleted(Fact, frozen=True):
+    stream_type = "approval"
+    personal = ("result",)
+    execution_id: UUID
+    outcome: Literal["ok", "failed"]
+    result: Any = None
+
+
+class ApprovalOutcomeUnknown(Fact, frozen=True):
+    stream_type = "approval"
+    execution_id: UUID
+    deadline: Stamp
+
+
+class OutcomeReconciled(Fact, frozen=True):
+    """What came of an execution, said too late."""
+
+    stream_type = "approval"
+    personal = ("result",)
+    execution_id: UUID
+    outcome: Literal["ok", "failed"]
+    result: Any = None
+
+
+class ApprovalRevoked(Fact, frozen=True):
+    stream_type = "approval"
+    personal = ("reason",)
+    reason: Any = None
+
+
+class ApprovalLapsed(Fact, frozen=True):
+    """Approved, and not used in time."""
+
+    stream_type = "approval"
+    approved_until: Stamp
+
+
+# Refusals
 
 
 class CommandRefused(Fact, frozen=True):

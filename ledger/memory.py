@@ -15,17 +15,18 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from msgspec.structs import replace
 
-from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch, NotLoaded
+from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch
 from ledger.commands import Receipt
 from ledger.entry import Recorded
 from ledger.errors import IdempotencyKeyReused
+from ledger.known import NotLoaded
 from ledger.pending import Pending, Verdict
 from ledger.record import RecordedFact
-from ledger.replay import fold_all
+from ledger.replay import ANSWERED_AS_IT_IS, fold_all
 from ledger.store import CommandRow, Ledger, Locked, OpenItem
 
 STREAMS_MAX = 50_000
-ROOTS_MAX = 1_000
+ROOTS_MAX = 50_000
 RECENT_MAX = 32_768
 RECENT_ENTRY_BYTES_MAX = 4_096
 TAIL_EVENTS_MAX = 10_000
@@ -94,6 +95,8 @@ class Memory:
             return None
         if recent.row.fingerprint != pending.fingerprint:
             return IdempotencyKeyReused(command_id=pending.command_id)
+        if recent.row.type == ANSWERED_AS_IT_IS:
+            return None
         return replace(recent.receipt, replayed=True) if recent.receipt is not None else None
 
     def surely_new(self, pending: Pending) -> bool:
@@ -124,6 +127,12 @@ class Memory:
         self.streams.update(dict.fromkeys(stream_ids))
         self.streams.update(fold_all(history))
 
+    def learn_items(self, roots: Iterable[UUID], items: Iterable[OpenItem]) -> None:
+        """Know everything that is open under these roots."""
+        self.items.update((root, {}) for root in roots)
+        for item in items:
+            self.items[item.root_session_id][item.item_id] = item
+
     def catch_up(self, locked: Locked, now: float) -> bool:
         """Forget what other processes changed since; True if there was nothing. `now`: Unix seconds."""
         alone = locked.head.size == self.size
@@ -150,14 +159,15 @@ class Memory:
                 entries[first].payload is None and len(entries[first].entry) <= RECENT_ENTRY_BYTES_MAX
             )
             self._recent[key] = Recent(row, decided.receipts[key] if small else None)
+        large = {e.stream_id for e in entries if e.payload is not None or len(e.entry) > RECENT_ENTRY_BYTES_MAX}
         for stream_id, state in decided.streams.items():
             self.streams.pop(stream_id, None)
-            if state is not None and not isinstance(state, RecordedFact):  # a record never changes again
+            # A record never changes again, and what is large is not kept.
+            if state is not None and stream_id not in large and not isinstance(state, RecordedFact):
                 self.streams[stream_id] = state
-        self.items.update(decided.items)
-        for root in decided.items:
-            if not self.items[root]:
-                del self.items[root]
+        for root, items in decided.items.items():
+            self.items.pop(root, None)
+            self.items[root] = items
         for principal, count in decided.refused.items():
             for _ in range(count):
                 self._refusals.add(self.ledger_id, principal)
@@ -169,7 +179,8 @@ class Memory:
             for stream_id in list(islice(self.streams, STREAMS_MAX // 4)):
                 del self.streams[stream_id]
         if len(self.items) > ROOTS_MAX:
-            self.items.clear()
+            for root in list(islice(self.items, ROOTS_MAX // 4)):
+                del self.items[root]
         if len(self._recent) > RECENT_MAX:
             for key in list(islice(self._recent, RECENT_MAX // 4)):
                 del self._recent[key]

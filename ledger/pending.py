@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from ledger.commands import Command, Receipt
 from ledger.errors import InternalError, MunimentError
-from ledger.events import Actor
+from ledger.values import Actor
 from ledger.vault import Held
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Pending(Struct, kw_only=True, eq=False):
     answer: Future[Verdict] | None = None
     rivals: list["Pending"] = field(default_factory=list)
     minted: list[UUID] = field(default_factory=list)
+    named: dict[str, UUID] = field(default_factory=dict)
     data_keys: Held | None = None
     outcome_unknown: bool = False
     key: tuple[str, str] = ("", "")
@@ -59,6 +60,10 @@ class Pending(Struct, kw_only=True, eq=False):
             return error
         log.error("A command %s could not be decided or stored", type(self.command).__name__, exc_info=error)
         return InternalError(why="This command met an error that nobody foresaw")
+
+    def mint(self, name: str) -> UUID:
+        """An id of this command's making: the same each time it is decided."""
+        return self.named.get(name) or self.named.setdefault(name, uuid7())
 
     def event_id(self, index: int) -> UUID:
         """The id of this command's event number `index`: the same each time it is decided."""

@@ -10,7 +10,7 @@ import itertools
 import re
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
@@ -134,7 +134,7 @@ class Statement:
         self._formats = [Format.BINARY] * len(self._values)
         self._keys = [name.decode() for name in self._values]
 
-    async def run(self, connection: Connection, values: Mapping[str, bytes]) -> PGresult:
+    async def run(self, connection: Connection, values: Mapping[str, bytes | None]) -> PGresult:
         """The result, in binary form. Raises psycopg's errors."""
         pgconn = connection.pgconn
         name = connection.prepared.get(self)
@@ -146,7 +146,7 @@ class Statement:
         pgconn.send_query_prepared(name, [values[key] for key in self._keys], self._formats, Format.BINARY)
         return await _result(pgconn)
 
-    async def fetch(self, connection: Connection, values: Mapping[str, bytes]) -> list[tuple[Any, ...]]:
+    async def fetch(self, connection: Connection, values: Mapping[str, bytes | None]) -> list[tuple[Any, ...]]:
         """The rows, as psycopg reads them. Raises psycopg's errors."""
         result = await self.run(connection, values)
         reader = Transformer()
@@ -255,6 +255,9 @@ class Bigints(Packed): ...
 class Tsvectors(Packed): ...
 
 
+class Timestamptzs(Packed): ...
+
+
 # Element type and array type of each (pg_type.dat; they never change).
 _OIDS: dict[type[Packed], tuple[int, int]] = {
     Uuids: (2950, 2951),
@@ -262,6 +265,7 @@ _OIDS: dict[type[Packed], tuple[int, int]] = {
     Byteas: (17, 1001),
     Smallints: (21, 1005),
     Bigints: (20, 1016),
+    Timestamptzs: (1184, 1185),
     Tsvectors: (3614, 3643),
 }
 _NULL = b"\xff\xff\xff\xff"
@@ -302,26 +306,20 @@ def texts(values: Iterable[str]) -> Texts:
     return _pack(Texts, [_length(len(b)) + b for b in [v.encode() for v in values]])
 
 
-def byteas(values: Iterable[bytes]) -> Byteas:
-    return _pack(Byteas, [_length(len(v)) + v for v in values])
+def byteas(values: Iterable[bytes | None]) -> Byteas:
+    return _pack(Byteas, [_NULL if v is None else _length(len(v)) + v for v in values])
 
 
 def smallints(values: Iterable[int]) -> Smallints:
     return _pack(Smallints, [_smallint(2, v) for v in values])
 
 
+def timestamptzs(values: Iterable[datetime | None]) -> Timestamptzs:
+    return _pack(Timestamptzs, [_NULL if v is None else b"\0\0\0\x08" + timestamptz(v) for v in values])
+
+
 def bigints(values: Iterable[int]) -> Bigints:
     return _pack(Bigints, [_bigint(8, v) for v in values])
-
-
-def tsvectors(values: Iterable[Collection[bytes]]) -> Tsvectors:
-    """Each some different lexemes without positions: how many, then each closed by a NUL and a count of 0.
-
-    There must be one at least, each of 1 to 2,046 bytes of UTF-8 without a NUL (`tsvectorrecv` in
-    src/backend/utils/adt/tsvector.c).
-    """
-    packed = [_length(len(v)) + b"\0\0\0".join(v) + b"\0\0\0" for v in values]
-    return _pack(Tsvectors, [_length(len(b)) + b for b in packed])
 
 
 def _register(cls: type[Packed], array_oid: int) -> None:

@@ -5,13 +5,17 @@ under a session. Everything here can be rebuilt from the events; nothing here is
 behind and a decision may not.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
+from ledger.commands import ClaimTasks, Command
 from ledger.entry import Event
-from ledger.events import Fact, SessionCancelled, SessionCompleted, SessionExpired, SessionFailed, SessionOpened, Stamp
+from ledger.errors import MunimentError
+from ledger.events import Fact
 from ledger.store import OpenItem
+from ledger.system import Due
+from ledger.values import Actor, Stamp
 
 OPEN_ITEMS_MAX = 1000
 """Open items under one root session, so that what a single cancel can set off is bounded."""
@@ -30,26 +34,78 @@ class World(Protocol):
         """When a session opened now ends, unless it says otherwise."""
         ...
 
+    @property
+    def actor(self) -> Actor:
+        """Who gives the command that is being decided."""
+        ...
+
+    @property
+    def target(self) -> UUID:
+        """The stream that the command being decided is about: named by the caller, or minted for it."""
+        ...
+
+    def mint(self, name: str) -> UUID:
+        """A new id, the same each time this command is decided."""
+        ...
+
+    def keyed(self, text: bytes) -> bytes:
+        """HMAC-SHA-256 of `text` under a key of the project: for salts, and to compare what must not be kept."""
+        ...
+
     def stream(self, stream_id: UUID) -> Any:
         """The state of another stream that the command named, or None where there is none."""
         ...
 
+    def offered(self, command: ClaimTasks) -> Sequence[UUID]:
+        """The tasks that `command` may claim, in the order in which they are to be handed out: some may not be to be
+        had any more, which their states tell."""
+        ...
+
+    def lease_until(self, task_id: UUID) -> Stamp | None:
+        """When the task's lease really ends, heartbeats included; None if it has none."""
+        ...
+
     def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
-        """What is open anywhere under a root session."""
+        """What is open anywhere under a root: the topmost session, or what stands for it where there is none."""
         ...
 
 
-def opened(event: Event[Fact]) -> OpenItem | None:
-    """The open item that this event begins."""
-    data = event.data
-    if isinstance(data, SessionOpened) and data.parent_session_id and event.root_session_id:
-        return OpenItem(event.stream_id, "session", data.parent_session_id, event.root_session_id)
-    return None
+class On(NamedTuple):
+    """A fact of another stream than the command's own."""
+
+    stream_id: UUID
+    fact: Fact
 
 
-def closes(event: Event[Fact]) -> bool:
-    """Whether this event ends its stream's being open."""
-    return type(event.data) in _ENDINGS
+class RefusedOnRecord(Exception):
+    """A refusal that is a fact of the stream itself, instead of one in a stream of refusals."""
+
+    def __init__(self, refusal: MunimentError, fact: Fact) -> None:
+        self.refusal, self.fact = refusal, fact
 
 
-_ENDINGS = (SessionCompleted, SessionFailed, SessionExpired, SessionCancelled)
+class Same(Exception):
+    """What was asked for is there already, as another stream: the answer is that one, as it is now."""
+
+    def __init__(self, stream_id: UUID) -> None:
+        self.stream_id = stream_id
+
+
+class Rules(Protocol):
+    """What the module of a stream type has: pure functions of a state, a command or an event, and the World."""
+
+    def decide(self, state: Any, command: Command, world: World) -> Sequence[Fact | On]:
+        """The facts that `command` makes; none if it changes nothing. Raises its refusal."""
+        ...
+
+    def evolve(self, state: Any, event: Event[Any]) -> Any:
+        """`state` after `event`."""
+        ...
+
+    def due(self, state: Any, now: Stamp) -> Due | None:
+        """What must come before anything else is decided on it, because its time has come."""
+        ...
+
+    def item(self, state: Any) -> OpenItem | None:
+        """What it is among the open items of its root, if it is open."""
+        ...

@@ -9,8 +9,9 @@ from ledger import session
 from ledger.commands import Command, Record
 from ledger.entry import Event
 from ledger.errors import AlreadyExists, NotFound, UnknownParent
-from ledger.events import Actor, Artifact, Fact, FactRecorded, Ref, Stamp, Usage, stamp
+from ledger.events import Fact, FactRecorded
 from ledger.queue import World
+from ledger.values import Actor, Artifact, Ref, Stamp, Usage, stamp
 
 
 class RecordedFact(Struct, frozen=True, kw_only=True):
@@ -87,3 +88,11 @@ def evolve(record: RecordedFact | None, event: Event[Any]) -> RecordedFact:
         occurred_at=event.occurred_at,
         recorded_at=event.recorded_at,
     )
+
+
+def due(record: RecordedFact, now: Stamp) -> None:
+    """Never: it is done."""
+
+
+def item(record: RecordedFact) -> None:
+    """Never: it is done."""

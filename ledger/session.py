@@ -12,13 +12,19 @@ from uuid import UUID
 from msgspec import UNSET, Struct, field
 from msgspec.structs import replace
 
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, ExpireSession, OpenSession
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, OpenSession
 from ledger.entry import Event, canonical
-from ledger.errors import AlreadyExists, InvalidTransition, MalformedRequest, NotFound, SessionFull, UnknownParent
+from ledger.errors import (
+    AlreadyExists,
+    InvalidTransition,
+    MalformedRequest,
+    NotFound,
+    OpenWork,
+    SessionFull,
+    UnknownParent,
+)
 from ledger.events import (
-    AgentDescription,
     Fact,
-    Json,
     SessionActivated,
     SessionAnnotated,
     SessionCancelled,
@@ -28,10 +34,11 @@ from ledger.events import (
     SessionMetadataChanged,
     SessionOpened,
     SessionTaskBound,
-    Stamp,
-    stamp,
 )
 from ledger.queue import OPEN_ITEMS_MAX, World
+from ledger.store import OpenItem
+from ledger.system import ExpireSession
+from ledger.values import AgentDescription, Json, Stamp, stamp
 
 State = Literal["pending", "active", "completed", "failed", "expired", "cancelled"]
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
@@ -72,7 +79,7 @@ def decide(session: Session | None, command: Command, world: World) -> list[Fact
         raise NotFound(what="session", id=command.target)
     match command:
         case ChangeSession():
-            return _change(session, command)
+            return _change(session, command, world)
         case CancelSession():
             _require(session, "CancelSession", "cancelled")
             return [SessionCancelled(reason=command.reason, cascade=command.cascade)]
@@ -90,6 +97,13 @@ def due(session: Session, now: Stamp) -> ExpireSession | None:
     if session.state in TERMINAL or session.expires_at > now:
         return None
     return ExpireSession(session_id=session.session_id, deadline=session.expires_at)
+
+
+def item(session: Session) -> OpenItem | None:
+    """What it is among the open items of its root: a child that has not ended."""
+    if session.parent_session_id is None or session.state in TERMINAL:
+        return None
+    return OpenItem(session.session_id, "session", session.parent_session_id, session.root_session_id)
 
 
 def _open(session: Session | None, command: OpenSession, world: World) -> SessionOpened:
@@ -115,7 +129,7 @@ def _open(session: Session | None, command: OpenSession, world: World) -> Sessio
     )
 
 
-def _change(session: Session, command: ChangeSession) -> list[Fact]:
+def _change(session: Session, command: ChangeSession, world: World) -> list[Fact]:
     facts: list[Fact] = []
     if command.task_id is not UNSET and command.task_id != session.task_id:
         facts.append(SessionTaskBound(task_id=command.task_id))
@@ -123,10 +137,21 @@ def _change(session: Session, command: ChangeSession) -> list[Fact]:
         facts.append(SessionMetadataChanged(metadata=command.metadata))
     if command.status is not UNSET and command.status != session.state:
         _require(session, "ChangeSession", command.status)
+        if command.status == "completed":
+            _require_no_open_work(session, command, world)
         facts.append(_ENDING[command.status](command))
     elif facts and session.state in TERMINAL:
         _require(session, "ChangeSession", session.state)
     return facts
+
+
+def _require_no_open_work(session: Session, command: ChangeSession, world: World) -> None:
+    if command.force and command.reason:
+        return
+    items = world.open_items(session.root_session_id).values()
+    count = sum(item.session_id == session.session_id and item.item_type in ("task", "approval") for item in items)
+    if count:
+        raise OpenWork(id=session.session_id, count=count)
 
 
 def _require(session: Session, command: str, wanted: str) -> None:

@@ -5,11 +5,14 @@ decided on and holds the ledger's row to commit: a rollback gives its positions 
 before 7. Rules and caches are not here; whoever appends has decided already.
 """
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
+import psycopg
 from msgspec import Struct, field
 from uuid_utils.compat import uuid7
 
@@ -24,15 +27,26 @@ from ledger.postgres import (
     smallints,
     texts,
     timestamptz,
+    timestamptzs,
     uuid,
     uuids,
 )
 
+LISTEN_AGAIN_SECONDS = 1.0
+"""How soon to listen again when the connection was lost."""
+
 SQL = queries("ledger", "store")
-_append, _announce, _head, _lock, _changed_streams, _find_commands = (
-    Statement(name, getattr(SQL, name))
-    for name in ("append", "announce", "head", "lock", "changed_streams", "find_commands")
-)
+_append = Statement("append", SQL.append)
+_queue_tasks = Statement("append_tasks", SQL.append_tasks)
+_close_tasks = Statement("close_tasks", SQL.close_tasks)
+_announce = Statement("announce", SQL.announce)
+_head = Statement("head", SQL.head)
+_lock = Statement("lock", SQL.lock)
+_news = Statement("news", SQL.news)
+_changed_streams = Statement("changed_streams", SQL.changed_streams)
+_find_commands = Statement("find_commands", SQL.find_commands)
+_offers = Statement("offers", SQL.offers)
+_leases = Statement("leases", SQL.leases)
 
 
 class Ledger(NamedTuple):
@@ -94,14 +108,49 @@ class CommandRow(NamedTuple):
     event_count: int
     seen_position: int
 
+    @property
+    def positions(self) -> range:
+        return range(self.first_position, self.first_position + self.event_count)
+
 
 class OpenItem(NamedTuple):
-    """Something open under a session: for now, a child session."""
+    """Something open under a root: a child session, a task, an approval that is pending, or a grant still to be used.
+
+    `match` tells a request for the same thing.
+    """
 
     item_id: UUID
-    item_type: str
-    session_id: UUID
+    item_type: Literal["session", "task", "approval", "grant"]
+    session_id: UUID | None
     root_session_id: UUID
+    task_id: UUID | None = None
+    match: bytes | None = None
+
+
+class QueuedTask(NamedTuple):
+    """An open task, as claims look for it. `lease_until` is what its last claim said: a heartbeat moves it on in the
+    table, where only the ledger's lock makes sure of it.
+    """
+
+    task_id: UUID
+    kind: str
+    session_id: UUID | None
+    state: str
+    rank: datetime
+    run_at: datetime
+    deadline_at: datetime | None
+    lease_id: UUID | None
+    lease_until: datetime | None
+
+
+class DueTask(NamedTuple):
+    """An open task whose time has run out: that of its lease, of its wait for another try, or its own."""
+
+    project_id: str
+    task_id: UUID
+    verb: Literal["lose", "queue", "expire"]
+    lease_id: UUID | None
+    deadline: datetime
 
 
 class Append(Struct, kw_only=True):
@@ -114,6 +163,7 @@ class Append(Struct, kw_only=True):
     commands: list[CommandRow] = field(default_factory=list)
     opened: dict[UUID, OpenItem] = field(default_factory=dict)
     closed: set[UUID] = field(default_factory=set)
+    tasks: dict[UUID, QueuedTask | None] = field(default_factory=dict)
 
 
 async def create_ledger(connection: Connection, project_id: str, is_foreign: bool = False) -> Ledger:
@@ -166,7 +216,7 @@ async def append(connection: Connection, batch: Append) -> bool:
     stream id was believed new and is not.
     """
     beside = [(batch.seen + i, e.payload) for i, e in enumerate(batch.events, 1) if e.payload is not None]
-    if not (beside or batch.opened or batch.closed):
+    if not (beside or batch.opened or batch.closed or batch.tasks):
         return await _append_rows(connection, batch)
     async with connection.transaction():
         if not await _append_rows(connection, batch):
@@ -176,6 +226,7 @@ async def append(connection: Connection, batch: Append) -> bool:
             rows = {"ledger_id": batch.ledger_id, "positions": bigints(positions), "payloads": byteas(payloads)}
             await connection.execute(SQL.append_payloads, rows)
         await _append_open_items(connection, batch)
+        await _append_tasks(connection, batch)
     return True
 
 
@@ -211,21 +262,113 @@ async def _append_rows(connection: Connection, batch: Append) -> bool:
 
 async def _append_open_items(connection: Connection, batch: Append) -> None:
     if batch.opened:
-        items, types, sessions, roots = zip(*batch.opened.values(), strict=True)
+        items, types, sessions, roots, tasks, matches = zip(*batch.opened.values(), strict=True)
         rows = {
             "item_ids": uuids(items),
             "item_types": texts(types),
             "sessions": uuids(sessions),
             "roots": uuids(roots),
+            "tasks": uuids(tasks),
+            "matches": byteas(matches),
         }
         await connection.execute(SQL.append_open_items, {"ledger_id": batch.ledger_id, **rows})
     if batch.closed:
         await connection.execute(SQL.close_open_items, {"ledger_id": batch.ledger_id, "item_ids": uuids(batch.closed)})
 
 
+async def _append_tasks(connection: Connection, batch: Append) -> None:
+    opened = [task for task in batch.tasks.values() if task is not None]
+    if opened:
+        tasks, kinds, sessions, states, ranks, runs, deadlines, leases, ends = zip(*opened, strict=True)
+        rows: dict[str, bytes] = {
+            "ledger_id": uuid(batch.ledger_id),
+            "tasks": uuids(tasks),
+            "kinds": texts(kinds),
+            "sessions": uuids(sessions),
+            "states": texts(states),
+            "ranks": timestamptzs(ranks),
+            "runs": timestamptzs(runs),
+            "deadlines": timestamptzs(deadlines),
+            "leases": uuids(leases),
+            "ends": timestamptzs(ends),
+        }
+        await _queue_tasks.run(connection, rows)
+    if len(opened) < len(batch.tasks):
+        closed = [task_id for task_id, task in batch.tasks.items() if task is None]
+        await _close_tasks.run(connection, {"ledger_id": uuid(batch.ledger_id), "tasks": uuids(closed)})
+
+
+async def read_offers(
+    connection: Connection, ledger_id: UUID, kinds: Iterable[str], session_id: UUID | None, now: datetime, limit: int
+) -> list[UUID]:
+    """Up to `limit` tasks of these kinds that may be claimed at `now`, in the order in which they are handed out."""
+    values = {
+        "ledger_id": uuid(ledger_id),
+        "kinds": texts(kinds),
+        "session_id": None if session_id is None else uuid(session_id),
+        "now": timestamptz(now),
+        "limit": bigint(limit),
+    }
+    return [task_id for (task_id,) in await _offers.fetch(connection, values)]
+
+
+async def lock_leases(connection: Connection, ledger_id: UUID, task_ids: Iterable[UUID]) -> dict[UUID, datetime | None]:
+    """When the leases of these tasks end; nobody renews them until the transaction ends."""
+    values = {"ledger_id": uuid(ledger_id), "tasks": uuids(task_ids)}
+    return dict(await _leases.fetch(connection, values))
+
+
+async def heartbeat(
+    connection: Connection, ledger_id: UUID, task_id: UUID, lease_id: UUID, lease_until: datetime
+) -> datetime | None:
+    """Renew a lease, never to an earlier end; answers when it ends. None if it is not in force any more."""
+    values = {"ledger_id": ledger_id, "task_id": task_id, "lease_id": lease_id, "lease_until": lease_until}
+    row = await (await connection.execute(SQL.heartbeat, values, prepare=True)).fetchone()
+    return row[0] if row else None
+
+
+async def due_tasks(connection: Connection, limit: int) -> list[DueTask]:
+    """Up to `limit` of each kind, of any project, the longest overdue first."""
+    cursor = await connection.execute(SQL.due_tasks, {"limit": limit}, prepare=True)
+    return [DueTask(*row) for row in await cursor.fetchall()]
+
+
 async def announce(connection: Connection, ledger_ids: Iterable[UUID]) -> None:
     """Tell whoever listens that these ledgers grew."""
     await _announce.run(connection, {"ledger_ids": ",".join(map(str, ledger_ids)).encode()})
+
+
+async def announced(conninfo: str) -> AsyncGenerator[UUID | None]:
+    """The ledgers that are announced from now on, for ever; None where some may have been missed, at first too."""
+    while True:
+        with suppress(psycopg.Error):
+            async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as connection:
+                await connection.execute("LISTEN ledger")
+                yield None
+                async for notify in connection.notifies():
+                    for ledger_id in notify.payload.split(","):
+                        with suppress(ValueError):
+                            yield UUID(ledger_id)
+        await asyncio.sleep(LISTEN_AGAIN_SECONDS)
+
+
+class News(NamedTuple):
+    """What came after a position: the size it goes up to, which streams of those asked about grew, and whether there
+    is work to offer."""
+
+    size: int
+    streams: list[UUID]
+    work: bool
+
+
+async def read_news(connection: Connection, ledger_id: UUID, after: int | None, stream_ids: Iterable[UUID]) -> News:
+    """What came after position `after`, or lately; of very much, the last part."""
+    values = {
+        "ledger_id": uuid(ledger_id),
+        "after": None if after is None else bigint(after),
+        "stream_ids": uuids(stream_ids),
+    }
+    return News(*(await _news.fetch(connection, values))[0])
 
 
 async def read_streams(connection: Connection, ledger_id: UUID, stream_ids: Iterable[UUID]) -> list[Recorded]:
@@ -265,3 +408,23 @@ async def read_open_items(connection: Connection, ledger_id: UUID, roots: Iterab
     """What these root sessions have open below them."""
     cursor = await connection.execute(SQL.open_items, {"ledger_id": ledger_id, "roots": uuids(roots)}, prepare=True)
     return [OpenItem(*row) for row in await cursor.fetchall()]
+
+
+async def read_waited_on(
+    connection: Connection, ledger_id: UUID, session_ids: Collection[UUID]
+) -> dict[UUID, list[UUID]]:
+    """The pending approvals that each of these sessions waits on; those that wait on none are not named."""
+    values = {"ledger_id": ledger_id, "sessions": uuids(session_ids)}
+    waited_on: dict[UUID, list[UUID]] = {}
+    cursor = await connection.execute(SQL.waited_on, values, prepare=True)
+    for session_id, approval_id in await cursor.fetchall():
+        waited_on.setdefault(session_id, []).append(approval_id)
+    return waited_on
+
+
+async def deployment(connection: Connection) -> str:
+    """What this deployment is called, since its database was first migrated."""
+    row = await (await connection.execute(SQL.deployment)).fetchone()
+    assert row is not None
+    name: str = row[0]
+    return name

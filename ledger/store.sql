@@ -52,16 +52,89 @@ SELECT %(ledger_id)s, p.* FROM unnest(%(positions)s::bigint[], %(payloads)s::byt
 
 -- name: open_items
 -- What these sessions, being roots, have open below them.
-SELECT item_id, item_type, session_id, root_session_id FROM ledger.open_items
+SELECT item_id, item_type, session_id, root_session_id, task_id, match FROM ledger.open_items
 WHERE ledger_id = %(ledger_id)s AND root_session_id = ANY(%(roots)s)
 
+-- name: waited_on
+-- The approvals that these sessions wait on, in whatever root they are open.
+SELECT session_id, item_id FROM ledger.open_items
+WHERE ledger_id = %(ledger_id)s AND session_id = ANY(%(sessions)s) AND item_type = 'approval'
+ORDER BY item_id
+
+-- name: deployment
+-- What this deployment is called.
+SELECT name FROM muniment.deployment
+
 -- name: append_open_items
-INSERT INTO ledger.open_items (ledger_id, item_id, item_type, session_id, root_session_id)
+-- An item that was there already is now of another type: what was asked for has been granted.
+INSERT INTO ledger.open_items (ledger_id, item_id, item_type, session_id, root_session_id, task_id, match)
 SELECT %(ledger_id)s, i.*
-FROM unnest(%(item_ids)s::uuid[], %(item_types)s::text[], %(sessions)s::uuid[], %(roots)s::uuid[]) AS i
+FROM unnest(
+    %(item_ids)s::uuid[], %(item_types)s::text[], %(sessions)s::uuid[], %(roots)s::uuid[],
+    %(tasks)s::uuid[], %(matches)s::bytea[]
+) AS i
+ON CONFLICT (ledger_id, item_id) DO UPDATE SET item_type = excluded.item_type
 
 -- name: close_open_items
 DELETE FROM ledger.open_items WHERE ledger_id = %(ledger_id)s AND item_id = ANY(%(item_ids)s)
+
+-- name: append_tasks
+-- A heartbeat may have moved a lease on: unless it is another lease, its end is left alone.
+INSERT INTO ledger.tasks AS t
+    (ledger_id, task_id, kind, session_id, state, rank, run_at, deadline_at, lease_id, lease_until)
+SELECT %(ledger_id)s::uuid, q.*
+FROM unnest(
+    %(tasks)s::uuid[], %(kinds)s::text[], %(sessions)s::uuid[], %(states)s::text[], %(ranks)s::timestamptz[],
+    %(runs)s::timestamptz[], %(deadlines)s::timestamptz[], %(leases)s::uuid[], %(ends)s::timestamptz[]
+) AS q
+ON CONFLICT (ledger_id, task_id) DO UPDATE SET
+    state = excluded.state, rank = excluded.rank, run_at = excluded.run_at, lease_id = excluded.lease_id,
+    lease_until = CASE WHEN t.lease_id = excluded.lease_id THEN t.lease_until ELSE excluded.lease_until END
+
+-- name: close_tasks
+DELETE FROM ledger.tasks WHERE ledger_id = %(ledger_id)s::uuid AND task_id = ANY(%(tasks)s::uuid[])
+
+-- name: offers
+-- The next tasks of some kinds, in the order in which they are handed out: from each kind as many as are wanted
+-- in all, of which the first are taken. What waits for its next try is among them once that time has come.
+SELECT t.task_id
+FROM unnest(%(kinds)s::text[]) AS k (kind)
+CROSS JOIN LATERAL (
+    SELECT o.task_id, o.rank, o.run_at FROM ledger.tasks AS o
+    WHERE o.ledger_id = %(ledger_id)s::uuid AND o.kind = k.kind AND o.state IN ('queued', 'retrying')
+        AND o.run_at <= %(now)s::timestamptz AND (o.deadline_at IS NULL OR o.deadline_at > %(now)s::timestamptz)
+        AND (%(session_id)s::uuid IS NULL OR o.session_id = %(session_id)s::uuid)
+    ORDER BY o.rank, o.run_at, o.task_id LIMIT %(limit)s::bigint
+) AS t
+ORDER BY t.rank, t.run_at, t.task_id LIMIT %(limit)s::bigint
+
+-- name: leases
+-- When leases really end. A heartbeat that comes now waits for this transaction, and then finds its lease gone.
+SELECT task_id, lease_until FROM ledger.tasks
+WHERE ledger_id = %(ledger_id)s::uuid AND task_id = ANY(%(tasks)s::uuid[])
+ORDER BY task_id FOR UPDATE
+
+-- name: heartbeat
+-- Only while the lease is in force. No event: it is telemetry.
+UPDATE ledger.tasks SET lease_until = greatest(lease_until, %(lease_until)s)
+WHERE ledger_id = %(ledger_id)s AND task_id = %(task_id)s AND lease_id = %(lease_id)s AND state = 'running'
+RETURNING lease_until
+
+-- name: due_tasks
+-- What the sweeper has to see to: leases that nobody renewed, tries whose time has come, deadlines.
+(
+    SELECT l.project_id, t.task_id, 'lose', t.lease_id, t.lease_until
+    FROM ledger.tasks AS t JOIN ledger.ledgers AS l USING (ledger_id)
+    WHERE t.state = 'running' AND t.lease_until <= now() ORDER BY t.lease_until LIMIT %(limit)s
+) UNION ALL (
+    SELECT l.project_id, t.task_id, 'queue', NULL, t.run_at
+    FROM ledger.tasks AS t JOIN ledger.ledgers AS l USING (ledger_id)
+    WHERE t.state = 'retrying' AND t.run_at <= now() ORDER BY t.run_at LIMIT %(limit)s
+) UNION ALL (
+    SELECT l.project_id, t.task_id, 'expire', NULL, t.deadline_at
+    FROM ledger.tasks AS t JOIN ledger.ledgers AS l USING (ledger_id)
+    WHERE t.deadline_at <= now() ORDER BY t.deadline_at LIMIT %(limit)s
+)
 
 -- name: read_streams
 -- Whole streams, each in its own order.
@@ -87,6 +160,21 @@ FROM (
     SELECT stream_id FROM ledger.events WHERE ledger_id = %(ledger_id)s::uuid AND position > %(after)s::bigint
     ORDER BY position LIMIT %(limit)s::bigint
 ) AS later
+
+-- name: news
+-- What came after a position, for those who wait: which of these streams grew, and whether there is work to offer.
+-- Of very many events the last 10,000, by a scan of the primary key.
+WITH later AS MATERIALIZED (
+    SELECT e.stream_id, e.type FROM ledger.events AS e
+    WHERE e.ledger_id = %(ledger_id)s::uuid
+      AND e.position > COALESCE(%(after)s::bigint, (SELECT size - 1000 FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid))
+    ORDER BY e.position DESC LIMIT 10000
+)
+SELECT size,
+       ARRAY(SELECT DISTINCT stream_id FROM later WHERE stream_id = ANY(%(stream_ids)s::uuid[])),
+       EXISTS (SELECT FROM later WHERE type IN ('TaskSubmitted', 'TaskQueued', 'TaskResumed', 'TaskRedriven'))
+FROM ledger.ledgers
+WHERE ledger_id = %(ledger_id)s::uuid
 
 -- name: read_positions
 -- The events at these positions.

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain, islice
 from typing import Any, NoReturn, Union
 
@@ -25,14 +26,19 @@ PERSONAL_TEXT_BYTES_MAX = 16 * 1024
 """A reason stands in the envelope, which has to fit its entry; so what it may hold is bounded, sealed or not."""
 
 _any: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Union[COMMANDS])  # noqa: UP007  (a tuple of types)
-_each = {cls: msgspec.json.Decoder(cls) for cls in COMMANDS}
-_MOMENTS = ("occurred_at", "expires_at", "started_at", "ended_at")
+_MOMENTS = ("occurred_at", "expires_at", "started_at", "ended_at", "run_at", "deadline_at")
 _BYTES_MAX = {
     "metadata": METADATA_BYTES_MAX,
     "reason": PERSONAL_TEXT_BYTES_MAX,
     "text": PERSONAL_TEXT_BYTES_MAX,
+    "summary": PERSONAL_TEXT_BYTES_MAX,
     "body": BODY_BYTES_MAX,
+    "payload": BODY_BYTES_MAX,
+    "result": BODY_BYTES_MAX,
+    "error": BODY_BYTES_MAX,
+    "action": BODY_BYTES_MAX,
 }
+_TEXTS = ("reason", "text", "summary")
 # Sixteen digits in a row, whichever they are: a regular expression takes five times as long to find them.
 _SAME_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER = b"0" * 16
@@ -46,7 +52,7 @@ def read_command(body: bytes | msgspec.Raw, kind: type[Command] | None = None) -
     Raises MalformedRequest or NumberOutOfRange with a JSON pointer (RFC 6901) to what is wrong.
     """
     try:
-        command = _any.decode(body) if kind is None else _each[kind].decode(body)
+        command = _any.decode(body) if kind is None else _decoder(kind).decode(body)
         encoded = canonical(command)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         explain(error, bytes(body))
@@ -65,6 +71,11 @@ def read_command(body: bytes | msgspec.Raw, kind: type[Command] | None = None) -
     if len(encoded) > METADATA_BYTES_MAX:
         _check_sizes(command)
     return command
+
+
+@cache
+def _decoder(kind: type[Command]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
 
 
 def explain(error: Exception, body: bytes) -> NoReturn:
@@ -139,7 +150,7 @@ def _each_once(fields: list[tuple[str, Any]]) -> None:
 def _check_sizes(command: Command) -> None:
     for name, bytes_max in _BYTES_MAX.items():
         value = getattr(command, name, UNSET)
-        counted_in_characters = isinstance(value, str) and name != "body"
+        counted_in_characters = isinstance(value, str) and name in _TEXTS
         if value is not UNSET and not counted_in_characters and len(canonical(value)) > bytes_max:
             _refuse(f"/{name}", f"it is over {bytes_max} bytes")
 

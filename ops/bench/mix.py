@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from uuid_utils.compat import uuid7
 
 from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Record
-from ledger.events import Actor
+from ledger.values import Actor
 
 AGENT = Actor(
     issuer="https://id.example/realms/main",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ledger.committer import Committer
-from ledger.events import Actor
 from ledger.postgres import Pool, open_pool
+from ledger.values import Actor
 from ledger.vault import Vault
 from tests.conftest import Database
 

@@ -4,10 +4,10 @@ It decides in a real batch, over a history in memory: no database, no clock. Wha
 (due expiry first, follow-ups, the record of a refusal) is therefore part of what is tested.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 from msgspec import UNSET
@@ -17,12 +17,15 @@ from ledger.batch import RULES, Batch
 from ledger.commands import Command, Receipt
 from ledger.entry import Event, canonical, decode
 from ledger.errors import MunimentError
-from ledger.events import Actor, Fact, SessionOpened, moment
+from ledger.events import Fact, SessionOpened
+from ledger.known import Offer, Queue
 from ledger.pending import Pending, Verdict
 from ledger.postgres import Pool
 from ledger.project_key import ProjectKey
-from ledger.queue import closes, opened
 from ledger.store import OpenItem
+from ledger.system import Due
+from ledger.task import Task, queued
+from ledger.values import Actor, moment
 from ledger.vault import Vault
 
 SESSION = UUID("0199a7c2-0000-7000-8000-000000000001")
@@ -37,15 +40,55 @@ VAULT = Vault(Path("/nonexistent"), cast("Pool", None), create_keys=False)  # it
 VAULT._projects["demo"] = ProjectKey("demo", bytes(32))
 
 
+class By(NamedTuple):
+    """A fact of somebody else's than AGENT."""
+
+    actor: Actor
+    fact: Fact
+
+
+def by(actor: Actor, fact: Fact) -> By:
+    return By(actor, fact)
+
+
+D = TypeVar("D", bound=Due)
+
+
+def by_its_id(command: D) -> D:
+    """What is due, as every sweeper gives it."""
+    command.command_id = command.due_id
+    return command
+
+
 class On(NamedTuple):
     """Facts of another stream than SESSION."""
 
     stream_id: UUID
-    facts: tuple[Fact, ...]
+    facts: tuple[Fact | By, ...]
 
 
-def on(stream_id: UUID, *facts: Fact) -> On:
+def on(stream_id: UUID, *facts: Fact | By) -> On:
     return On(stream_id, facts)
+
+
+class Offers(Mapping[Offer, list[UUID]]):
+    """What the queue would offer: all that could be claimed by kind and session, the first of them first."""
+
+    def __init__(self, given: "Given") -> None:
+        self._given = given
+
+    def __getitem__(self, offer: Offer) -> list[UUID]:
+        kinds, session_id = offer
+        rows = [queued(state) for state in self._given.streams.values() if isinstance(state, Task)]
+        fit = [row for row in rows if row and row.kind in kinds and session_id in (None, row.session_id)]
+        fit = [row for row in fit if row.state in ("queued", "retrying")]
+        return [row.task_id for row in sorted(fit, key=lambda row: (row.rank, row.run_at))]
+
+    def __iter__(self) -> Iterator[Offer]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
 
 class Given:
@@ -59,13 +102,17 @@ class Given:
         self.recorded_at = moment(now)
         self.streams: dict[UUID, Any] = {}
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}
+        self.leases: dict[UUID, str | None] = {}
         for stream_id, facts in (part if isinstance(part, On) else On(SESSION, (part,)) for part in history):
             for fact in facts:
-                self._record(stream_id, fact)
+                self._record(stream_id, *(fact if isinstance(fact, By) else By(AGENT, fact)))
 
-    def _record(self, stream_id: UUID, fact: Fact) -> None:
+    def _record(self, stream_id: UUID, actor: Actor, fact: Fact) -> None:
         before = self.streams.get(stream_id)
-        parent = self.streams.get(getattr(fact, "parent_session_id", None) or stream_id)
+        # A task or an approval belongs to the session that there is, if there is one.
+        session_id = stream_id if fact.stream_type == "session" else SESSION if SESSION in self.streams else None
+        above: UUID | None = getattr(fact, "parent_session_id", None) or session_id
+        parent = self.streams.get(above) if above else None
         event: Event[Any] = Event(
             v=1,
             project=self.project_id,
@@ -78,12 +125,12 @@ class Given:
             schema_version=1,
             occurred_at=NOW,
             recorded_at=NOW,
-            actor=AGENT,
+            actor=actor,
             command_id="before",
             correlation_id="before",
             data=fact,
-            session_id=stream_id if fact.stream_type == "session" else None,
-            root_session_id=getattr(parent, "root_session_id", stream_id) if fact.stream_type == "session" else None,
+            session_id=session_id,
+            root_session_id=getattr(parent, "root_session_id", session_id),
         )
         self.take(event)
 
@@ -92,12 +139,12 @@ class Given:
         self.size += 1
         if event.stream_type not in RULES:
             return
-        state = RULES[event.stream_type][0].evolve(self.streams.get(event.stream_id), event)
-        self.streams[event.stream_id] = state
-        if item := opened(event):
+        rules, before = RULES[event.stream_type][0], self.streams.get(event.stream_id)
+        state = self.streams[event.stream_id] = rules.evolve(before, event)
+        if before is not None and (item := rules.item(before)):
+            del self.items[item.root_session_id][item.item_id]
+        if item := rules.item(state):
             self.items.setdefault(item.root_session_id, {})[item.item_id] = item
-        elif closes(event):
-            self.items.get(state.root_session_id, {}).pop(event.stream_id, None)
 
     # What a batch asks of it
 
@@ -120,11 +167,17 @@ class Given:
     ) -> "Outcome":
         """Have it decided. Its id is taken out of it, as the committer does; `target` is what it would mint."""
         batch = self.batch()
-        return Outcome(batch, batch.decide(pending_of(command, by, expected_version, target)))
+        return Outcome(self, batch, batch.decide(pending_of(command, by, expected_version, target)))
+
+    def at(self, now: str) -> "Given":
+        """What is decided from here on is decided at `now`."""
+        self.recorded_at = moment(now)
+        return self
 
     def batch(self, seconds_later: float = 0) -> Batch:
         """An empty batch on this history."""
-        return Batch(self, self.recorded_at + timedelta(seconds=seconds_later), VAULT, session_retention_days=7)
+        at = self.recorded_at + timedelta(seconds=seconds_later)
+        return Batch(self, at, VAULT, Queue(Offers(self), self.leases), session_retention_days=7)
 
 
 def pending_of(
@@ -147,10 +200,11 @@ def pending_of(
 class Outcome:
     """What became of the command: the events that follow, and the answer."""
 
-    def __init__(self, batch: Batch, verdict: Verdict) -> None:
+    def __init__(self, history: Given, batch: Batch, verdict: Verdict) -> None:
+        self._history = history
         self.verdict = verdict
         self.batch = batch
-        self.events = [decode(row.entry, row.payload, row.type) for row in batch.append.events]
+        self.events: list[Event[Any]] = [decode(row.entry, row.payload, row.type) for row in batch.append.events]
         self.state: Any = verdict.state if isinstance(verdict, Receipt) else None
 
     def then(self, *facts: Fact | On) -> "Outcome":
@@ -178,6 +232,12 @@ class Outcome:
         assert params.items() <= self.verdict.params.items()
         self._followed(facts)
         return self.verdict
+
+    def taken(self) -> Given:
+        """The ledger that it was decided on, now that this has happened."""
+        for event in self.events:
+            self._history.take(event)
+        return self._history
 
     def _followed(self, facts: tuple[Fact | On, ...]) -> None:
         expected = [part if isinstance(part, On) else On(self.target, (part,)) for part in facts]

@@ -12,66 +12,28 @@ from hypothesis import strategies as st
 from ledger.commands import (
     COMMANDS,
     AnnotateSession,
+    BeginUse,
     CancelSession,
+    CastVote,
     ChangeSession,
+    ClaimTasks,
     Command,
+    CompleteTask,
+    EditApproval,
+    FailTask,
     OpenSession,
     Personal,
     Record,
+    RecordOutcome,
+    RequestApproval,
+    SubmitTask,
+    SuspendTask,
 )
 from ledger.entry import canonical
 from ledger.errors import MalformedRequest, NumberOutOfRange
 from ledger.syntax import read_command
+from tests.ledger.examples import DIGEST, ENVELOPE, LEAST, RECORD_ID, SESSION_ID, WHOLE
 
-SESSION_ID = "0199a7c2-0000-7000-8000-000000000001"
-RECORD_ID = "0199a7c2-0000-7000-8000-000000000002"
-DIGEST = "sha256:" + "a" * 64
-
-ENVELOPE = {
-    "command_id": "A-z.0_9~:@+",
-    "expected_version": 3,
-    "occurred_at": "2026-11-21T10:00:00+01:00",
-    "correlation_id": "order 81",
-    "causation_id": RECORD_ID,
-    "external_id": "run#7",
-    "refs": [{"type": "invoice", "id": "9"}],
-}
-WHOLE: dict[type[Command], dict[str, Any]] = {
-    OpenSession: {
-        "session_id": SESSION_ID,
-        "agent_role": "finance",
-        "task_id": "T-1",
-        "metadata": {"ticket": "T-81", "deep": [{"a": None}]},
-        "labels": {"team": "blue"},
-        "parent_session_id": RECORD_ID,
-        "agent": {"name": "bot", "model": "m-1", "tools_digest": DIGEST},
-        "expires_at": "2026-11-28T09:00:00Z",
-    },
-    ChangeSession: {"session_id": SESSION_ID, "status": "failed", "task_id": None, "metadata": {}, "reason": "no"},
-    CancelSession: {"session_id": SESSION_ID, "reason": {"$personal": {"subject": "mia", "value": 1}}, "cascade": True},
-    AnnotateSession: {"session_id": SESSION_ID, "text": "seen by two people"},
-    Record: {
-        "record_id": RECORD_ID,
-        "session_id": SESSION_ID,
-        "task_id": RECORD_ID,
-        "approval_id": RECORD_ID,
-        "parent_record_id": RECORD_ID,
-        "kind": "tool.called",
-        "status": "ok",
-        "started_at": "2026-11-21T09:00:00Z",
-        "ended_at": "2026-11-21T09:00:01Z",
-        "body": {"at": [1, 2.5, "x", None, True]},
-        "usage": {"model": "m-1", "input_tokens": 7, "cost": {"amount": "0.10", "currency": "EUR"}},
-        "artifacts": [{"uri": "s3://a", "sha256": "b" * 64, "size_bytes": 9}],
-    },
-}
-LEAST: dict[type[Command], dict[str, Any]] = {
-    OpenSession: {"agent_role": "finance"},
-    ChangeSession: {"session_id": SESSION_ID},
-    CancelSession: {"session_id": SESSION_ID},
-    AnnotateSession: {"session_id": SESSION_ID, "text": "x"},
-    Record: {"kind": "note"},
-}
 each_type = pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
 
 
@@ -129,6 +91,8 @@ def test_what_a_command_reads_besides_its_target() -> None:
     assert read_command(body_of(OpenSession, parent_session_id=SESSION_ID)).reads == (UUID(SESSION_ID),)
     both = read_command(body_of(Record, session_id=SESSION_ID, parent_record_id=RECORD_ID))
     assert both.reads == (UUID(SESSION_ID), UUID(RECORD_ID))
+    assert read_command(body_of(RequestApproval, session_id=SESSION_ID, task_id=RECORD_ID)).reads == both.reads
+    assert read_command(body_of(SuspendTask)).reads == (UUID(RECORD_ID),)
     assert read_command(body_of(ChangeSession)).reads == ()
 
 
@@ -262,6 +226,23 @@ def test_a_missing_field_is_named_and_its_object_pointed_at(kind: type[Command],
         (AnnotateSession, {"text": ""}, "/text"),
         (AnnotateSession, {"text": "x" * 4097}, "/text"),
         (AnnotateSession, {"text": 5}, "/text"),
+        (SubmitTask, {"priority": 10}, "/priority"),
+        (SubmitTask, {"max_attempts": 0}, "/max_attempts"),
+        (SubmitTask, {"start": {"worker": "w", "lease_seconds": 0}}, "/start/lease_seconds"),
+        (SubmitTask, {"start": {}}, "/start"),
+        (ClaimTasks, {"kinds": []}, "/kinds"),
+        (ClaimTasks, {"kinds": ["Mail"]}, "/kinds/0"),
+        (ClaimTasks, {"n": 101}, "/n"),
+        (RequestApproval, {"action": {"arguments": {}}}, "/action"),
+        (RequestApproval, {"action": {"tool": "a", "args": {}}}, "/action/args"),
+        (RequestApproval, {"quorum": {"approve": 0}}, "/quorum/approve"),
+        (RequestApproval, {"quorum": {"roles": []}}, "/quorum/roles"),
+        (RequestApproval, {"risk": "none"}, "/risk"),
+        (RequestApproval, {"uses": 0}, "/uses"),
+        (CastVote, {"verdict": "yes"}, "/verdict"),
+        (CastVote, {"digest_seen": "sha256:" + "A" * 64}, "/digest_seen"),
+        (CastVote, {"voter": {"sub": "mia"}}, "/voter"),
+        (RecordOutcome, {"outcome": "unknown"}, "/outcome"),
         (AnnotateSession, {"expected_version": -1}, "/expected_version"),
         (AnnotateSession, {"expected_version": 1.0}, "/expected_version"),
         (AnnotateSession, {"causation_id": ""}, "/causation_id"),
@@ -294,13 +275,32 @@ def test_metadata_is_at_most_16_kib_of_utf8(kind: type[Command]) -> None:
     assert refused(body_of(kind, metadata=sized(16 * 1024 + 1))) == [("/metadata", "it is over 16384 bytes")]
 
 
-def test_a_body_is_at_most_1_mib() -> None:
-    assert isinstance(read_command(body_of(Record, body="x" * (2**20 - 2))), Command)
-    assert refused(body_of(Record, body="x" * (2**20 - 1))) == [("/body", "it is over 1048576 bytes")]
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (Record, "body"),
+        (SubmitTask, "payload"),
+        (CompleteTask, "result"),
+        (FailTask, "error"),
+        (RecordOutcome, "result"),
+    ],
+)
+def test_what_is_free_is_at_most_1_mib(kind: type[Command], field: str) -> None:
+    assert isinstance(read_command(body_of(kind, **{field: "x" * (2**20 - 2)})), Command)
+    assert refused(body_of(kind, **{field: "x" * (2**20 - 1)})) == [(f"/{field}", "it is over 1048576 bytes")]
+
+
+@pytest.mark.parametrize("kind", [RequestApproval, EditApproval, BeginUse])
+def test_an_action_is_at_most_1_mib(kind: type[Command]) -> None:
+    def sized(size: int) -> dict[str, str]:
+        return {"tool": "a", "arguments": "x" * (size - len(canonical({"tool": "a", "arguments": ""})))}
+
+    assert isinstance(read_command(body_of(kind, action=sized(2**20))), Command)
+    assert refused(body_of(kind, action=sized(2**20 + 1))) == [("/action", "it is over 1048576 bytes")]
 
 
 @pytest.mark.parametrize(
-    ("kind", "field"), [(AnnotateSession, "text"), (ChangeSession, "reason"), (CancelSession, "reason")]
+    ("kind", "field"), [(AnnotateSession, "text"), (ChangeSession, "reason"), (RequestApproval, "summary")]
 )
 def test_a_text_is_at_most_4096_characters_and_a_personal_one_16_kib(kind: type[Command], field: str) -> None:
     def personal(size: int) -> Any:
@@ -484,6 +484,9 @@ def test_a_time_is_rfc_3339_in_any_offset(text: str, utc: str) -> None:
         (OpenSession, "expires_at"),
         (Record, "started_at"),
         (Record, "ended_at"),
+        (SubmitTask, "run_at"),
+        (SubmitTask, "deadline_at"),
+        (RequestApproval, "expires_at"),
     ],
 )
 @pytest.mark.parametrize(
@@ -524,6 +527,12 @@ MARK = {"$personal": {"subject": "mia", "value": {"name": "Mia", "ages": [1, 2]}
         (ChangeSession, {"reason": MARK}),
         (CancelSession, {"reason": MARK}),
         (AnnotateSession, {"text": MARK}),
+        (SubmitTask, {"payload": {"to": MARK}}),
+        (FailTask, {"error": MARK}),
+        (RequestApproval, {"action": {"tool": "refund", "arguments": {"iban": MARK}}, "summary": MARK}),
+        (EditApproval, {"action": {"tool": "refund", "arguments": MARK}, "reason": MARK}),
+        (CastVote, {"reason": MARK}),
+        (RecordOutcome, {"result": [MARK]}),
     ],
 )
 def test_a_personal_value_may_stand_in_every_free_field(kind: type[Command], fields: dict[str, Any]) -> None:

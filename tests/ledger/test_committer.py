@@ -10,8 +10,7 @@ import psycopg
 import pytest
 from uuid_utils.compat import uuid7
 
-from ledger.batch import expiry_command_id
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, ExpireSession, OpenSession, Receipt, Record
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, OpenSession, Receipt, Record
 from ledger.committer import Committer
 from ledger.errors import (
     IdempotencyKeyReused,
@@ -21,8 +20,9 @@ from ledger.errors import (
     RateLimited,
     StoreUnavailable,
 )
-from ledger.events import SYSTEM, Actor, stamp
 from ledger.pending import Verdict
+from ledger.system import ExpireSession
+from ledger.values import SYSTEM, Actor, stamp
 from tests.check import check_ledger, of_type, states
 from tests.conftest import Database
 
@@ -270,7 +270,7 @@ async def test_any_number_of_sweepers_expire_a_session_once(
 
     async def sweep(process: Committer) -> Receipt:
         command = ExpireSession(session_id=session_id, deadline=state.expires_at)
-        command.command_id = expiry_command_id(command)
+        command.command_id = command.due_id
         return await process.submit("demo", command, SYSTEM)
 
     while committer.clock.now() < soon:  # noqa: ASYNC110  (it is the time that is waited for)
@@ -288,7 +288,7 @@ async def test_an_expiry_that_came_too_early_leaves_no_trace_and_comes_again(
 
     async def sweep(process: Committer) -> Receipt:
         command = ExpireSession(session_id=session_id, deadline=expiry.deadline)
-        command.command_id = expiry_command_id(expiry)
+        command.command_id = expiry.due_id
         return await process.submit("demo", command, SYSTEM)
 
     early = await sweep(another)

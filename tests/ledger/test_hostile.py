@@ -28,10 +28,10 @@ from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.entry import Event, Recorded, canonical
 from ledger.errors import StoreUnavailable
-from ledger.events import Actor, moment
 from ledger.postgres import open_pool
 from ledger.replay import recall
 from ledger.syntax import read_command
+from ledger.values import Actor, moment
 from ledger.vault import Vault
 from tests.check import check_ledger
 from tests.conftest import Database, database_of

@@ -20,7 +20,6 @@ from ledger.commands import OpenSession
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.errors import ClockSkew, StoreUnavailable
-from ledger.events import Actor, moment
 from ledger.postgres import (
     Clock,
     Pool,
@@ -36,6 +35,7 @@ from ledger.postgres import (
     timestamptz,
     uuids,
 )
+from ledger.values import Actor, moment
 from tests.check import check_ledger
 from tests.conftest import Database
 

@@ -7,17 +7,8 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from ledger.commands import Record
-from ledger.events import (
-    Artifact,
-    Cost,
-    FactRecorded,
-    Ref,
-    SessionCompleted,
-    SessionExpired,
-    SessionOpened,
-    Usage,
-    stamp,
-)
+from ledger.events import FactRecorded, SessionCompleted, SessionExpired, SessionOpened
+from ledger.values import Artifact, Cost, Ref, Usage, stamp
 from tests.ledger.given import AGENT, DEADLINE, NOW, OPENED, RECORD, SESSION, given, later, on
 
 OTHER = uuid7()

@@ -26,9 +26,10 @@ from ledger.commands import (
 from ledger.committer import Committer
 from ledger.entry import Recorded
 from ledger.errors import MunimentError
-from ledger.events import Actor, Artifact, Cost, Ref, SessionActivated, Usage
+from ledger.events import SessionActivated
 from ledger.postgres import Pool
 from ledger.replay import fold, fold_all, recall
+from ledger.values import Actor, Artifact, Cost, Ref, Usage
 from ledger.vault import Vault
 from tests.check import check_ledger, states
 from tests.conftest import Database

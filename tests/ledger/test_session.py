@@ -8,12 +8,8 @@ from msgspec import UNSET
 from uuid_utils.compat import uuid7
 
 from ledger import session
-from ledger.batch import expiry_command_id
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, ExpireSession, OpenSession, Record
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, OpenSession, Record
 from ledger.events import (
-    SYSTEM,
-    Actor,
-    AgentDescription,
     Fact,
     FactRecorded,
     SessionActivated,
@@ -25,9 +21,10 @@ from ledger.events import (
     SessionMetadataChanged,
     SessionOpened,
     SessionTaskBound,
-    stamp,
 )
 from ledger.queue import OPEN_ITEMS_MAX
+from ledger.system import ExpireSession
+from ledger.values import SYSTEM, Actor, AgentDescription, stamp
 from tests.ledger.given import AGENT, DEADLINE, NOW, OPENED, RECORD, SESSION, given, later, on
 
 CHILD, GRANDCHILD, OTHER = uuid7(), uuid7(), uuid7()
@@ -132,7 +129,7 @@ def test_an_id_is_opened_once(state: str) -> None:
 @in_every_state
 def test_time_runs_out_once_and_only_for_a_session_that_lives(state: str) -> None:
     expire = ExpireSession(session_id=SESSION, deadline=DEADLINE)
-    expire.command_id = expiry_command_id(expire)
+    expire.command_id = expire.due_id
     outcome = given(*STATES[state], now=DEADLINE).when(expire, SYSTEM)
     if state in LIVING:
         outcome.then(SessionExpired(deadline=DEADLINE))
@@ -294,7 +291,7 @@ def test_time_that_has_run_out_comes_before_the_verdict(state: str, command: Com
     outcome.refused(code, on(SESSION, SessionExpired(deadline=DEADLINE)))
     expiry = outcome.events[0]
     assert expiry.actor == SYSTEM
-    assert expiry.command_id == expiry_command_id(ExpireSession(session_id=SESSION, deadline=DEADLINE))
+    assert expiry.command_id == ExpireSession(session_id=SESSION, deadline=DEADLINE).due_id
     assert expiry.stream_version == len(STATES[state]) + 1
 
 
@@ -325,7 +322,7 @@ def test_a_sweeper_that_is_early_or_knows_another_deadline_does_nothing(deadline
 
 def test_a_sweeper_and_a_command_expire_a_session_once_between_them() -> None:
     expire = ExpireSession(session_id=SESSION, deadline=DEADLINE)
-    expire.command_id = expiry_command_id(expire)
+    expire.command_id = expire.due_id
     outcome = given(OPENED, now=DEADLINE).when(expire, SYSTEM)
     outcome.then(SessionExpired(deadline=DEADLINE))
     assert len(outcome.batch.append.commands) == 1

@@ -12,9 +12,10 @@ from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.entry import Event, decode, encode, leaf_hash
-from ledger.events import SYSTEM, FactRecorded, stamp
+from ledger.events import FactRecorded
 from ledger.postgres import Connection, Pool
 from ledger.store import Append, CommandRow, EventRow, Ledger, OpenItem
+from ledger.values import SYSTEM, stamp
 from tests.check import check_ledger
 from tests.conftest import Database
 

@@ -1,0 +1,71 @@
+"""What a batch is decided on: what is known of a ledger, and what only its lock makes sure of.
+
+A decision that needs what is not known says so (`NotLoaded`); the writer reads it and has the batch decided again.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from itertools import chain
+from typing import Any, Protocol
+from uuid import UUID
+
+from msgspec import UNSET, Struct
+
+from ledger.commands import ClaimTasks
+from ledger.store import OpenItem
+from ledger.values import Stamp
+
+Offer = tuple[frozenset[str], UUID | None]
+"""What claims look for: tasks of these kinds, within one session or anywhere."""
+
+
+def offer(command: ClaimTasks) -> Offer:
+    assert command.kinds is not UNSET
+    return frozenset(command.kinds), command.session_id
+
+
+class Queue(Struct, frozen=True):
+    """What was read under the ledger's lock, for one batch: which tasks are on offer, and when leases end."""
+
+    offers: Mapping[Offer, Sequence[UUID]] = {}
+    leases: Mapping[UUID, Stamp | None] = {}
+
+    @property
+    def tasks(self) -> Iterable[UUID]:
+        return chain(self.leases, *self.offers.values())
+
+
+class NotLoaded(Exception):
+    """A decision needs a stream, or a root's open items, that this process has not read yet; or what can only be
+    read under the ledger's lock: what is on offer, or how long a lease really runs."""
+
+    def __init__(
+        self, *, stream: UUID | None = None, root: UUID | None = None, under_lock: UUID | ClaimTasks | None = None
+    ) -> None:
+        self.stream, self.root, self.under_lock = stream, root, under_lock
+
+
+class Known(Protocol):
+    """What a batch is decided on: what this process knows of a ledger of `size` events, or a batch on its
+    way there, which will have made it that size."""
+
+    project_id: str
+    ledger_id: UUID
+    size: int
+    recorded_at: datetime
+
+    def knows(self, stream_id: UUID) -> bool:
+        """Whether `stream` can tell."""
+        ...
+
+    def stream(self, stream_id: UUID) -> Any:
+        """The state of a stream, None where there is none. Raises NotLoaded."""
+        ...
+
+    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
+        """What is open under a root session. Raises NotLoaded."""
+        ...
+
+    def refusals_left(self, principal: str) -> int:
+        """How many refusals of this principal may still be recorded within this minute."""
+        ...
