@@ -1,5 +1,7 @@
 -- The sum of the migrations, written by `make schema` with PostgreSQL 18.
 
+CREATE SCHEMA approvals;
+
 CREATE SCHEMA audit;
 
 CREATE SCHEMA keys;
@@ -14,6 +16,8 @@ CREATE SCHEMA records;
 
 CREATE SCHEMA sessions;
 
+CREATE SCHEMA tasks;
+
 CREATE FUNCTION ledger.refuse_change() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -22,6 +26,24 @@ BEGIN
         USING ERRCODE = 'insufficient_privilege';
 END
 $$;
+
+CREATE TABLE approvals.approvals (
+    ledger_id uuid NOT NULL,
+    approval_id uuid NOT NULL,
+    "position" bigint NOT NULL,
+    state text NOT NULL,
+    session_id uuid,
+    task_id uuid,
+    tool text NOT NULL,
+    risk smallint NOT NULL,
+    roles text[] NOT NULL,
+    requester_issuer text NOT NULL,
+    requester_sub text NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    due_at timestamp with time zone,
+    approval bytea NOT NULL
+)
+WITH (fillfactor='50');
 
 CREATE TABLE audit.segments (
     ledger_id uuid NOT NULL,
@@ -101,15 +123,37 @@ CREATE TABLE ledger.open_items (
     ledger_id uuid NOT NULL,
     item_id uuid NOT NULL,
     item_type text NOT NULL,
-    session_id uuid NOT NULL,
-    root_session_id uuid NOT NULL
+    session_id uuid,
+    root_session_id uuid NOT NULL,
+    task_id uuid,
+    match bytea
 );
+
+COMMENT ON COLUMN ledger.open_items.root_session_id IS 'The topmost session above it; without a session its task, or what stands for its requester.';
+
+COMMENT ON COLUMN ledger.open_items.match IS 'What another request for the same thing in the same session has as well.';
 
 CREATE TABLE ledger.payloads (
     ledger_id uuid NOT NULL,
     "position" bigint NOT NULL,
     data bytea NOT NULL
 );
+
+CREATE TABLE ledger.tasks (
+    ledger_id uuid NOT NULL,
+    task_id uuid NOT NULL,
+    kind text NOT NULL,
+    session_id uuid,
+    state text NOT NULL,
+    rank timestamp with time zone NOT NULL,
+    run_at timestamp with time zone NOT NULL,
+    deadline_at timestamp with time zone,
+    lease_id uuid,
+    lease_until timestamp with time zone
+)
+WITH (fillfactor='70', autovacuum_vacuum_scale_factor='0.05');
+
+COMMENT ON COLUMN ledger.tasks.rank IS 'When it may run, put forward by its priority: the order in which it is handed out.';
 
 CREATE TABLE muniment.deployment (
     only_row boolean DEFAULT true NOT NULL,
@@ -173,6 +217,21 @@ CREATE TABLE sessions.sessions (
 )
 WITH (fillfactor='50');
 
+CREATE TABLE tasks.tasks (
+    ledger_id uuid NOT NULL,
+    task_id uuid NOT NULL,
+    "position" bigint NOT NULL,
+    submitted_at timestamp with time zone NOT NULL,
+    kind text NOT NULL,
+    state text NOT NULL,
+    session_id uuid,
+    worker text,
+    task bytea NOT NULL
+);
+
+ALTER TABLE ONLY approvals.approvals
+    ADD CONSTRAINT approvals_pkey PRIMARY KEY (ledger_id, approval_id);
+
 ALTER TABLE ONLY audit.segments
     ADD CONSTRAINT segments_pkey PRIMARY KEY (ledger_id, first);
 
@@ -203,6 +262,9 @@ ALTER TABLE ONLY ledger.open_items
 ALTER TABLE ONLY ledger.payloads
     ADD CONSTRAINT payloads_pkey PRIMARY KEY (ledger_id, "position");
 
+ALTER TABLE ONLY ledger.tasks
+    ADD CONSTRAINT tasks_pkey PRIMARY KEY (ledger_id, task_id);
+
 ALTER TABLE ONLY muniment.deployment
     ADD CONSTRAINT deployment_pkey PRIMARY KEY (only_row);
 
@@ -224,9 +286,44 @@ ALTER TABLE ONLY sessions.labels
 ALTER TABLE ONLY sessions.sessions
     ADD CONSTRAINT sessions_pkey PRIMARY KEY (ledger_id, session_id);
 
+ALTER TABLE ONLY tasks.tasks
+    ADD CONSTRAINT tasks_pkey PRIMARY KEY (ledger_id, task_id);
+
+CREATE UNIQUE INDEX approvals_by_position ON approvals.approvals USING btree (ledger_id, "position");
+
+CREATE INDEX approvals_by_requester ON approvals.approvals USING btree (ledger_id, requester_sub, "position");
+
+CREATE INDEX approvals_by_risk ON approvals.approvals USING btree (ledger_id, risk, "position");
+
+CREATE INDEX approvals_by_session ON approvals.approvals USING btree (ledger_id, session_id, "position") WHERE (session_id IS NOT NULL);
+
+CREATE INDEX approvals_by_state ON approvals.approvals USING btree (ledger_id, state, "position");
+
+CREATE INDEX approvals_by_task ON approvals.approvals USING btree (ledger_id, task_id, "position") WHERE (task_id IS NOT NULL);
+
+CREATE INDEX approvals_by_tool ON approvals.approvals USING btree (ledger_id, tool, "position");
+
+CREATE INDEX approvals_due ON approvals.approvals USING btree (due_at) WHERE (due_at IS NOT NULL);
+
+CREATE INDEX approvals_pending ON approvals.approvals USING btree (ledger_id, "position") WHERE (state = 'pending'::text);
+
+CREATE INDEX approvals_pending_by_expiry ON approvals.approvals USING btree (ledger_id, expires_at, "position") WHERE (state = 'pending'::text);
+
+CREATE INDEX approvals_pending_by_risk ON approvals.approvals USING btree (ledger_id, risk, "position") WHERE (state = 'pending'::text);
+
 CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (fastupdate=off);
 
 CREATE INDEX open_items_by_root ON ledger.open_items USING btree (ledger_id, root_session_id);
+
+CREATE INDEX open_items_waited_on ON ledger.open_items USING btree (ledger_id, session_id) WHERE (item_type = 'approval'::text);
+
+CREATE INDEX tasks_leased ON ledger.tasks USING btree (lease_until) WHERE (state = 'running'::text);
+
+CREATE INDEX tasks_on_offer ON ledger.tasks USING btree (ledger_id, kind, rank, run_at, task_id) WHERE (state = ANY (ARRAY['queued'::text, 'retrying'::text]));
+
+CREATE INDEX tasks_retrying ON ledger.tasks USING btree (run_at) WHERE (state = 'retrying'::text);
+
+CREATE INDEX tasks_with_deadline ON ledger.tasks USING btree (deadline_at) WHERE (deadline_at IS NOT NULL);
 
 CREATE INDEX segments_by_term ON records.segments USING gin (terms) WITH (fastupdate=off);
 
@@ -242,6 +339,20 @@ CREATE INDEX sessions_by_time ON sessions.sessions USING btree (ledger_id, opene
 
 CREATE INDEX sessions_due ON sessions.sessions USING btree (expires_at) WHERE (state = ANY (ARRAY['pending'::text, 'active'::text]));
 
+CREATE INDEX tasks_by_kind ON tasks.tasks USING btree (ledger_id, kind, "position");
+
+CREATE INDEX tasks_by_kind_and_state ON tasks.tasks USING btree (ledger_id, kind, state, "position");
+
+CREATE UNIQUE INDEX tasks_by_position ON tasks.tasks USING btree (ledger_id, "position");
+
+CREATE INDEX tasks_by_session ON tasks.tasks USING btree (ledger_id, session_id, "position") WHERE (session_id IS NOT NULL);
+
+CREATE INDEX tasks_by_state ON tasks.tasks USING btree (ledger_id, state, "position");
+
+CREATE INDEX tasks_by_time ON tasks.tasks USING btree (ledger_id, submitted_at, "position");
+
+CREATE INDEX tasks_by_worker ON tasks.tasks USING btree (ledger_id, worker, "position") WHERE (worker IS NOT NULL);
+
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.commands FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
 
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.events FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
@@ -249,6 +360,8 @@ CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.events 
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.payloads FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
 
 CREATE TRIGGER kept BEFORE DELETE OR TRUNCATE ON ledger.ledgers FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
+
+GRANT USAGE ON SCHEMA approvals TO muniment_api;
 
 GRANT USAGE ON SCHEMA audit TO muniment_api;
 
@@ -263,6 +376,10 @@ GRANT USAGE ON SCHEMA projections TO muniment_api;
 GRANT USAGE ON SCHEMA records TO muniment_api;
 
 GRANT USAGE ON SCHEMA sessions TO muniment_api;
+
+GRANT USAGE ON SCHEMA tasks TO muniment_api;
+
+GRANT SELECT ON TABLE approvals.approvals TO muniment_api;
 
 GRANT SELECT ON TABLE audit.segments TO muniment_api;
 
@@ -284,6 +401,8 @@ GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE ledger.open_items TO muniment_api;
 
 GRANT SELECT,INSERT ON TABLE ledger.payloads TO muniment_api;
 
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE ledger.tasks TO muniment_api;
+
 GRANT SELECT ON TABLE muniment.deployment TO PUBLIC;
 
 GRANT SELECT ON TABLE muniment.migrations TO PUBLIC;
@@ -299,6 +418,8 @@ GRANT SELECT ON TABLE records.segments TO muniment_api;
 GRANT SELECT ON TABLE sessions.labels TO muniment_api;
 
 GRANT SELECT ON TABLE sessions.sessions TO muniment_api;
+
+GRANT SELECT ON TABLE tasks.tasks TO muniment_api;
 
 ALTER DEFAULT PRIVILEGES FOR ROLE muniment_worker GRANT USAGE ON SCHEMAS TO muniment_api;
 

@@ -6,11 +6,30 @@ anything by a view.
 
 from collections.abc import Mapping
 
-from projections import audit, records, sessions
+from projections import approvals, audit, records, sessions, tasks
 from projections.freshness import Freshness, Health, caught_up, health
 from projections.projector import Projector, View
 
-VIEWS: Mapping[str, View] = {"sessions": sessions, "records": records, "audit": audit}
+VIEWS: Mapping[str, View] = {
+    "sessions": sessions,
+    "records": records,
+    "tasks": tasks,
+    "approvals": approvals,
+    "audit": audit,
+}
 """Every view, by the name of its schema."""
 
-__all__ = ["VIEWS", "Freshness", "Health", "Projector", "View", "audit", "caught_up", "health", "records", "sessions"]
+__all__ = [
+    "VIEWS",
+    "Freshness",
+    "Health",
+    "Projector",
+    "View",
+    "approvals",
+    "audit",
+    "caught_up",
+    "health",
+    "records",
+    "sessions",
+    "tasks",
+]

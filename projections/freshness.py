@@ -15,8 +15,8 @@ import msgspec
 from msgspec import Struct
 
 from ledger.errors import ViewBehind
-from ledger.events import Stamp, moment
 from ledger.postgres import Connection, Pool, queries, store_errors, texts, uuids
+from ledger.values import Stamp, moment
 
 SQL = queries("projections", "freshness")
 

@@ -19,6 +19,7 @@ import psycopg
 from msgspec import Struct
 from psycopg_pool import PoolTimeout
 
+from ledger import store
 from ledger.entry import Recorded
 from ledger.postgres import Connection, Pool, Statement, bigint, queries, texts, uuid
 from ledger.store import Stored
@@ -63,7 +64,8 @@ class View(Protocol):
         self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
     ) -> dict[str, bytes]:
         """What brings the view from just before `batch` to just after it: the values of WRITE, packed, each named as
-        no other view's. May read what the view has, keep in `memory` what it is after the batch, and write nothing."""
+        no other view's; none where `batch` says nothing to it. May read what the view has, keep in `memory` what it is
+        after the batch, and write nothing."""
         ...
 
 
@@ -123,16 +125,11 @@ class Projector:
             self._waiting.put_nowait(ledger_id)
 
     async def _listen(self, conninfo: str) -> None:
-        while True:
-            with suppress(psycopg.Error):
-                async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as connection:
-                    await connection.execute("LISTEN ledger")
-                    self._look.set()  # what was announced before we listened
-                    async for notify in connection.notifies():
-                        for ledger_id in notify.payload.split(","):
-                            with suppress(ValueError):
-                                self._wake(UUID(ledger_id))
-            await asyncio.sleep(RETRY_SECONDS)
+        async for ledger_id in store.announced(conninfo):
+            if ledger_id is None:
+                self._look.set()  # what was announced while nobody listened
+            else:
+                self._wake(ledger_id)
 
     async def _poll(self) -> None:
         loop = asyncio.get_running_loop()
@@ -275,10 +272,13 @@ class Projector:
         }
         # Whatever goes wrong from here on, what the views remember is not to be trusted any more.
         memories = {name: self._memories.pop((ledger_id, name), {}) for name in names}
+        writing = []
         for name in names:
-            values |= await self._views[name].project(connection, ledger_id, batch, memories[name])
+            if rows := await self._views[name].project(connection, ledger_id, batch, memories[name]):
+                writing.append(name)
+                values |= rows
         # Dying before this commits leaves rows and position as they were; after it, both as they are.
-        if await self._write(names).fetch(connection, values) != [(len(names),)]:
+        if await self._write(writing).fetch(connection, values) != [(len(names),)]:
             raise Overtaken
         for name in names:
             self._places[ledger_id][name].position = reached
@@ -288,7 +288,7 @@ class Projector:
             del self._memories[next(iter(self._memories))]
 
     def _write(self, names: Sequence[str]) -> Statement:
-        """The one write of these views."""
+        """The one write that moves views on, with the rows of these."""
         key = tuple(names)
         if key not in self._writes:
             sql = b", ".join([SQL.advance, *(self._views[name].WRITE for name in names)]) + SQL.advanced

@@ -13,12 +13,13 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from ledger.entry import Recorded, canonical
+from ledger.entry import Recorded
 from ledger.errors import MalformedRequest
-from ledger.events import SessionOpened, Stamp, moment, stamp
 from ledger.postgres import Connection, bigints, byteas, queries, texts, uuids
-from ledger.session import TERMINAL, Session, State, evolve
+from ledger.session import TERMINAL, Session, evolve
+from ledger.values import Stamp, moment, stamp
 from projections.projector import Memory
+from projections.states import Kept, States, column
 
 SQL = queries("projections", "sessions")
 WRITE = SQL.write
@@ -26,10 +27,8 @@ WRITE = SQL.write
 TOTAL_MAX = 10_000
 """How far a list is counted, and how deep its numbered pages go; beyond, `after` leads on."""
 
-REMEMBERED_MAX = 2_000
-
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_session = msgspec.json.Decoder(Session)
+_sessions = States("session", Session, evolve, lambda session: session.state not in TERMINAL, SQL.load)
 
 
 class Filter(Struct, kw_only=True, frozen=True):
@@ -62,80 +61,51 @@ class Due(NamedTuple):
 async def project(
     connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
 ) -> dict[str, bytes]:
-    """What brings the view from just before `batch` to just after it: the values of WRITE.
-
-    It remembers the sessions that are not at their end, each with the position of its opening.
-    """
-    events = [recorded for recorded in batch if recorded.event.stream_type == "session"]
-    opened = {event.stream_id: position for position, event in events if isinstance(event.data, SessionOpened)}
-    unknown = {key for _, event in events if (key := event.stream_id) not in opened and key not in memory}
-    states = await _load(connection, ledger_id, unknown) if unknown else {}
-    for position, event in events:
-        earlier = states.get(event.stream_id) or memory.get(event.stream_id)
-        state = evolve(earlier[1] if earlier else None, event)
-        states[event.stream_id] = (earlier[0] if earlier else position, state)
-    moved = [key for key, (_, state) in states.items() if key in opened or _state(memory.get(key)) != state.state]
-    if len(memory) > REMEMBERED_MAX:
-        memory.clear()
-    memory.update(states)
-    for session_id, (_, state) in states.items():
-        if state.state in TERMINAL:
-            del memory[session_id]
-    return _session_rows(states) | _label_rows([states[session_id] for session_id in moved])
+    """What brings the view from just before `batch` to just after it: the values of WRITE."""
+    kept = await _sessions.after(connection, ledger_id, batch, memory)
+    if not kept:
+        return {}
+    moved = [one for one in kept.values() if one.before is None or one.before.state != one.state.state]
+    return _session_rows(kept) | _label_rows(moved)
 
 
-def _state(remembered: tuple[int, Session] | None) -> State | None:
-    return remembered[1].state if remembered else None
-
-
-async def _load(connection: Connection, ledger_id: UUID, session_ids: set[UUID]) -> dict[UUID, tuple[int, Session]]:
-    values = {"ledger_id": ledger_id, "session_ids": uuids(session_ids)}
-    cursor = await connection.execute(SQL.load, values, prepare=True, binary=True)
-    rows = [(position, _session.decode(content)) for position, content in await cursor.fetchall()]
-    return {session.session_id: (position, session) for position, session in rows}
-
-
-def _session_rows(states: dict[UUID, tuple[int, Session]]) -> dict[str, bytes]:
-    sessions = [session for _, session in states.values()]
+def _session_rows(kept: dict[UUID, Kept[Session]]) -> dict[str, bytes]:
+    sessions = [one.state for one in kept.values()]
     return {
-        "session_ids": uuids(states),
-        "session_positions": bigints(position for position, _ in states.values()),
+        "session_ids": uuids(kept),
+        "session_positions": bigints(one.position for one in kept.values()),
         "session_opened_ats": texts(session.opened_at for session in sessions),
         "session_expires_ats": texts(session.expires_at for session in sessions),
         "session_states": texts(session.state for session in sessions),
-        "session_roles": texts(_column(session.agent_role) for session in sessions),
-        "sessions": byteas(canonical(session) for session in sessions),
+        "session_roles": texts(column(session.agent_role) for session in sessions),
+        "sessions": byteas(one.content for one in kept.values()),
     }
 
 
-def _label_rows(moved: list[tuple[int, Session]]) -> dict[str, bytes]:
+def _label_rows(moved: list[Kept[Session]]) -> dict[str, bytes]:
+    """Those of sessions whose state is another one now: what else is in them never changes."""
     labelled = {
-        (session.session_id, _column(key), _column(value)): (session, position)
-        for position, session in moved
-        for key, value in session.labels.items()
+        (one.state.session_id, column(key), column(value)): one
+        for one in moved
+        for key, value in one.state.labels.items()
     }
-    sessions = [session for session, _ in labelled.values()]
+    sessions = [one.state for one in labelled.values()]
     return {
         "label_keys": texts(key for _, key, _ in labelled),
         "label_values": texts(value for _, _, value in labelled),
         "label_opened_ats": texts(session.opened_at for session in sessions),
-        "label_positions": bigints(position for _, position in labelled.values()),
+        "label_positions": bigints(one.position for one in labelled.values()),
         "label_session_ids": uuids(session.session_id for session in sessions),
         "label_states": texts(session.state for session in sessions),
-        "label_roles": texts(_column(session.agent_role) for session in sessions),
+        "label_roles": texts(column(session.agent_role) for session in sessions),
     }
-
-
-def _column(text: str) -> str:
-    """PostgreSQL's text cannot hold a NUL, and an index entry only so much; the session's own bytes are whole."""
-    return text.replace("\0", "\ufffd")[:255]
 
 
 async def get(connection: Connection, ledger_id: UUID, session_id: UUID) -> Session | None:
     """The session as the view has it."""
     values = {"ledger_id": ledger_id, "session_id": session_id}
     row = await (await connection.execute(SQL.get, values, prepare=True, binary=True)).fetchone()
-    return _session.decode(row[0]) if row else None
+    return _sessions.decode(row[0]) if row else None
 
 
 async def search(
@@ -159,7 +129,7 @@ async def search(
     listed += [getattr(SQL, name) for name in values if name != "label"]
     if wanted.label is not None:
         values["key"], values["value"] = _label(wanted.label)
-    values = {name: _column(value) if isinstance(value, str) else value for name, value in values.items()}
+    values = {name: column(value) if isinstance(value, str) else value for name, value in values.items()}
     values |= {"ledger_id": ledger_id, "limit": limit + 1, "offset": offset, "total_max": TOTAL_MAX}
     count = SQL.count.replace(b"{list}", b"\n".join([*listed, SQL.newest_first]))
     if after is not None:
@@ -171,7 +141,7 @@ async def search(
         found = await connection.execute(page, values, prepare=True, binary=True)
     (total,) = await counted.fetchone() or (0,)
     rows = await found.fetchall()
-    sessions = [_session.decode(content) for _, content in rows[:limit]]
+    sessions = [_sessions.decode(content) for _, content in rows[:limit]]
     return Page(
         sessions=sessions,
         total=min(total, TOTAL_MAX),
@@ -184,7 +154,7 @@ def _label(text: str) -> tuple[str, str]:
     for separator in "=:":
         key, found, value = text.partition(separator)
         if found:
-            return _column(key), _column(value)
+            return column(key), column(value)
     raise MalformedRequest([{"pointer": "label", "detail": "it has neither `=` nor `:` between key and value"}])
 
 

@@ -1,7 +1,7 @@
 -- name: load
 -- The sessions that a batch goes on with.
-SELECT position, session FROM sessions.sessions
-WHERE ledger_id = %(ledger_id)s AND session_id = ANY(%(session_ids)s)
+SELECT session_id, position, session FROM sessions.sessions
+WHERE ledger_id = %(ledger_id)s AND session_id = ANY(%(ids)s)
 
 -- name: write
 -- Where neither state nor expiry changes, no index is touched.

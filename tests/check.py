@@ -4,28 +4,57 @@ Called at the end of store and API tests. It trusts nothing but the stored bytes
 """
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
 
-from ledger.batch import RULES
-from ledger.entry import Event, Recorded, decode, leaf_hash
-from ledger.events import stamp
-from ledger.queue import closes, opened
+from ledger.approval import Approval, due
+from ledger.batch import RULES, RULES_OF
+from ledger.entry import Event, Recorded, canonical, decode, leaf_hash
 from ledger.replay import fold
+from ledger.session import Session
+from ledger.store import QueuedTask
+from ledger.task import Task, queued
+from ledger.values import moment, stamp
+
+Row = tuple[Any, ...]
+S = TypeVar("S")
 
 
 def check_ledger(conninfo: str) -> dict[str, list[Recorded]]:
-    """Assert everything of every native ledger; returns each project's history."""
+    """Assert everything of every native ledger and of its views; returns each project's history."""
+    histories: dict[str, list[Recorded]] = {}
     with psycopg.connect(conninfo) as connection:
-        ledgers = connection.execute(
-            "SELECT ledger_id, project_id, size, last_recorded_at FROM ledger.ledgers WHERE NOT is_foreign"
-        ).fetchall()
-        return {row[1]: _check(connection, *row) for row in ledgers}
+        for ledger_id, project_id, history in _histories(connection):
+            _check_commands(connection, ledger_id, history)
+            _check_open_items(connection, ledger_id, history)
+            for stream in _streams(history).values():
+                fold(stream)  # every stream has a state: nothing that its rules could not have made
+            _check_views(connection, ledger_id, history)
+            histories[project_id] = history
+    return histories
 
 
-def _check(
+def check_views(conninfo: str) -> None:
+    """Assert of every view of every native ledger that it is what a replay makes of it, row by row."""
+    with psycopg.connect(conninfo) as connection:
+        for ledger_id, _, history in _histories(connection):
+            _check_views(connection, ledger_id, history)
+
+
+def _histories(connection: psycopg.Connection[Any]) -> Iterator[tuple[UUID, str, list[Recorded]]]:
+    """Every native ledger, all as of one moment: a worker may be about."""
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    ledgers = connection.execute(
+        "SELECT ledger_id, project_id, size, last_recorded_at FROM ledger.ledgers WHERE NOT is_foreign"
+    ).fetchall()
+    for ledger_id, project_id, size, last in ledgers:
+        yield ledger_id, project_id, _history(connection, ledger_id, project_id, size, last)
+
+
+def _history(
     connection: psycopg.Connection[Any], ledger_id: UUID, project_id: str, size: int, last: Any
 ) -> list[Recorded]:
     rows = connection.execute(
@@ -49,10 +78,6 @@ def _check(
     assert times == sorted(times), "recorded_at never decreases"
     assert not times or times[-1] <= stamp(last)
     assert len({event.event_id for _, event in history}) == len(history), "event ids are unique"
-    _check_commands(connection, ledger_id, history)
-    _check_open_items(connection, ledger_id, history)
-    for stream in _streams(history).values():
-        fold(stream)  # every stream has a state: nothing that its rules could not have made
     return history
 
 
@@ -73,8 +98,11 @@ def _check_commands(connection: psycopg.Connection[Any], ledger_id: UUID, histor
             assert (event.actor.principal, event.command_id) == (principal, command_id)
             if status >= 400:
                 data: Any = event.data
-                assert (event.type, data.status, data.command_type) == ("CommandRefused", status, command_type)
-            else:
+                if event.type == "LateResultRefused":
+                    assert (event.stream_id, status) == (target, 409)
+                else:
+                    assert (event.type, data.status, data.command_type) == ("CommandRefused", status, command_type)
+            elif command_type not in ("ClaimTasks", "EditApproval"):  # these are about several streams
                 assert event.stream_id == target
         if count:
             assert seen >= first + count - 1
@@ -82,18 +110,124 @@ def _check_commands(connection: psycopg.Connection[Any], ledger_id: UUID, histor
 
 
 def _check_open_items(connection: psycopg.Connection[Any], ledger_id: UUID, history: list[Recorded]) -> None:
-    expected: dict[UUID, Any] = {}
-    for _, event in history:
-        item = opened(event)
-        if item is not None:
-            expected[item.item_id] = item
-        elif closes(event):
-            expected.pop(event.stream_id, None)
+    """What decisions read besides streams is what the streams say; only a lease may end later than its claim said."""
+    expected = [item for state in states(history).values() if (item := RULES_OF[type(state)].item(state))]
     stored = connection.execute(
-        "SELECT item_id, item_type, session_id, root_session_id FROM ledger.open_items WHERE ledger_id = %s",
+        "SELECT item_id, item_type, session_id, root_session_id, task_id, match FROM ledger.open_items"
+        " WHERE ledger_id = %s",
         [ledger_id],
     ).fetchall()
-    assert {row[0]: tuple(row) for row in stored} == {key: tuple(item) for key, item in expected.items()}
+    assert {row[0]: tuple(row) for row in stored} == {item.item_id: tuple(item) for item in expected}
+    tasks = [queued(state) for state in states(history).values() if isinstance(state, Task)]
+    rows = connection.execute(
+        "SELECT task_id, kind, session_id, state, rank, run_at, deadline_at, lease_id, lease_until FROM ledger.tasks"
+        " WHERE ledger_id = %s",
+        [ledger_id],
+    ).fetchall()
+    kept = {row[0]: QueuedTask(*row) for row in rows}
+    told = {task.task_id: task for task in tasks if task is not None}
+    assert {key: row._replace(lease_until=None) for key, row in kept.items()} == {
+        key: task._replace(lease_until=None) for key, task in told.items()
+    }
+    for key, task in told.items():
+        lease_until = kept[key].lease_until
+        assert (lease_until is None) == (task.lease_until is None)
+        assert lease_until is None or task.lease_until is None or lease_until >= task.lease_until
+
+
+def _check_views(connection: psycopg.Connection[Any], ledger_id: UUID, history: list[Recorded]) -> None:
+    """Each view holds what the events up to its position make, and nothing else."""
+    values = {"ledger_id": ledger_id}
+    places = connection.execute(
+        "SELECT view, position FROM projections.positions WHERE ledger_id = %(ledger_id)s", values
+    )
+    reached: dict[str, int] = dict(places.fetchall())
+    for view, (query, rows) in ROWS.items():
+        seen = history[: reached.get(view.partition(".")[0], 0)]
+        stored = connection.execute(query, values).fetchall()
+        assert sorted(stored) == sorted(rows(seen)), f"{view} is what a replay makes of it"
+
+
+def _made(seen: list[Recorded], type_: type[S]) -> Iterator[tuple[int, S]]:
+    """The states of one kind, each with the position of its stream's first event."""
+    begun = {event.stream_id: position for position, event in seen if event.stream_version == 1}
+    for stream_id, state in states(seen).items():
+        if isinstance(state, type_):
+            yield begun[stream_id], state
+
+
+def _session_rows(seen: list[Recorded]) -> Iterator[Row]:
+    for position, s in _made(seen, Session):
+        times = moment(s.opened_at), moment(s.expires_at)
+        yield s.session_id, position, *times, s.state, _column(s.agent_role), canonical(s)
+
+
+def _label_rows(seen: list[Recorded]) -> Iterator[Row]:
+    rows = {
+        (s.session_id, _column(key), _column(value), moment(s.opened_at), position, s.state, _column(s.agent_role))
+        for position, s in _made(seen, Session)
+        for key, value in s.labels.items()
+    }
+    yield from rows
+
+
+def _task_rows(seen: list[Recorded]) -> Iterator[Row]:
+    for position, t in _made(seen, Task):
+        worker = None if t.worker is None else _column(t.worker)
+        yield (
+            *(t.task_id, position, moment(t.submitted_at)),
+            *(_column(t.kind), t.state, t.session_id, worker, canonical(t)),
+        )
+
+
+def _approval_rows(seen: list[Recorded]) -> Iterator[Row]:
+    for position, a in _made(seen, Approval):
+        next_due = due(a, "9999-12-31T23:59:59.999999Z")
+        yield (
+            *(a.approval_id, position, a.state, a.session_id, a.task_id, _column(a.action["tool"])),
+            *(["critical", "high", "medium", "low"].index(a.risk), [_column(role) for role in a.quorum.roles]),
+            *(_column(a.requester.issuer), _column(a.requester.sub), moment(a.expires_at)),
+            *(moment(next_due.deadline) if next_due else None, canonical(a)),
+        )
+
+
+def _column(text: str) -> str:
+    return text.replace("\0", "\ufffd")[:255]
+
+
+def _positions(event_type: str | None = None) -> Callable[[list[Recorded]], Iterator[Row]]:
+    return lambda seen: ((position,) for position, event in seen if event_type in (None, event.type))
+
+
+_SEGMENTS = """SELECT first + place - 1 FROM {view}.segments, unnest(terms) AS u (term, places, weights),
+    unnest(places) AS place WHERE term = '*' AND ledger_id = %(ledger_id)s"""
+
+ROWS: dict[str, tuple[str, Callable[[list[Recorded]], Iterator[Row]]]] = {
+    "sessions": (
+        """SELECT session_id, position, opened_at, expires_at, state, agent_role, session
+           FROM sessions.sessions WHERE ledger_id = %(ledger_id)s""",
+        _session_rows,
+    ),
+    "sessions.labels": (
+        """SELECT session_id, key, value, opened_at, position, state, agent_role
+           FROM sessions.labels WHERE ledger_id = %(ledger_id)s""",
+        _label_rows,
+    ),
+    "tasks": (
+        """SELECT task_id, position, submitted_at, kind, state, session_id, worker, task
+           FROM tasks.tasks WHERE ledger_id = %(ledger_id)s""",
+        _task_rows,
+    ),
+    "approvals": (
+        """SELECT approval_id, position, state, session_id, task_id, tool, risk, roles, requester_issuer,
+                  requester_sub, expires_at, due_at, approval
+           FROM approvals.approvals WHERE ledger_id = %(ledger_id)s""",
+        _approval_rows,
+    ),
+    "records": (_SEGMENTS.format(view="records"), _positions("FactRecorded")),
+    "audit": (_SEGMENTS.format(view="audit"), _positions()),
+}
+"""By view: what it has, and what it should have."""
 
 
 def _streams(history: list[Recorded]) -> dict[UUID, list[Recorded]]:
@@ -104,7 +238,7 @@ def _streams(history: list[Recorded]) -> dict[UUID, list[Recorded]]:
 
 
 def states(history: list[Recorded]) -> dict[UUID, Any]:
-    """The state of every session and record in a history."""
+    """The state of every stream in a history that has one."""
     return {key: fold(stream) for key, stream in _streams(history).items() if stream[0].event.stream_type in RULES}
 
 

@@ -13,14 +13,17 @@ from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.entry import Event, encode, leaf_hash
-from ledger.events import Actor, Fact, Ref, SessionOpened, stamp
+from ledger.events import ApprovalRequested, Fact, SessionOpened, TaskSubmitted
 from ledger.postgres import Connection, Pool, open_pool
 from ledger.store import Append, EventRow
+from ledger.values import Actor, Principal, Quorum, Ref, stamp
 from projections import VIEWS, Projector
 from tests.conftest import Database
 
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 AGENT = Actor(issuer="https://id.example", sub="agent-7", kind="agent", assurance="authenticated", roles=("agent",))
+DIGEST = f"sha256:{'0' * 64}"
+LATER = "2036-01-01T00:00:00.000000Z"
 
 
 class History:
@@ -79,9 +82,27 @@ class History:
         self._staged.append((type_, entry))  # type: ignore[arg-type]
 
     def open(self, agent_role: str = "helper", *, stream_id: UUID | None = None, **fields: Any) -> UUID:
-        return self.add(
-            SessionOpened(agent_role=agent_role, expires_at="2036-01-01T00:00:00.000000Z", **fields), stream_id
-        )
+        return self.add(SessionOpened(agent_role=agent_role, expires_at=LATER, **fields), stream_id)
+
+    def submit(self, kind: str = "email", *, session_id: UUID | None = None, **fields: Any) -> UUID:
+        return self.add(TaskSubmitted(kind=kind, run_at=self.time(0), **fields), session_id=session_id)
+
+    def ask(self, tool: str = "refund", *, session_id: UUID | None = None, **fields: Any) -> UUID:
+        asked: dict[str, Any] = {
+            "action": {"tool": tool, "arguments": {"amount": 1.0}},
+            "requester": Principal(AGENT.issuer, AGENT.sub),
+            "risk": "medium",
+            "quorum": Quorum(),
+            "expires_at": LATER,
+            "valid_for_seconds": 900,
+            "uses": 1,
+            "outcome_within_seconds": 300,
+            "action_digest": DIGEST,
+            "request_digest": DIGEST,
+            "salts": {},
+            "root": None if session_id else uuid7(),
+        }
+        return self.add(ApprovalRequested(**asked | fields), session_id=session_id)
 
     async def write(self) -> int:
         """Append what is staged; answers the position of the last event."""

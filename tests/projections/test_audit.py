@@ -11,22 +11,9 @@ from msgspec.structs import replace
 from uuid_utils.compat import uuid7
 
 from ledger.errors import MalformedRequest
-from ledger.events import (
-    Actor,
-    AgentDescription,
-    Artifact,
-    CommandRefused,
-    FactRecorded,
-    Principal,
-    Ref,
-    SessionActivated,
-    SessionAnnotated,
-    SessionFailed,
-    SessionOpened,
-    Usage,
-    moment,
-)
+from ledger.events import CommandRefused, FactRecorded, SessionActivated, SessionAnnotated, SessionFailed, SessionOpened
 from ledger.postgres import Connection
+from ledger.values import Actor, AgentDescription, Artifact, Principal, Ref, Usage, moment
 from projections import Projector, audit, records, segments, terms
 from projections.audit import Facets, Filter
 from projections.segments import Order

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ledger.errors import StoreUnavailable, ViewBehind
-from ledger.events import FactRecorded, SessionActivated, stamp
+from ledger.events import FactRecorded, SessionActivated
 from ledger.postgres import Connection, Pool, open_pool
+from ledger.values import stamp
 from ops.lease import run_alone
 from projections import VIEWS, Freshness, Projector, caught_up, health
 from projections.freshness import HEAD_SECONDS_MAX
@@ -156,6 +157,8 @@ async def test_health_tells_how_far_behind_what_is_parked_and_whether_anyone_wor
     assert {name: (view.lag_events, view.state, view.parked_projects) for name, view in report.items()} == {
         "sessions": (7, "degraded", ["broken"]),
         "records": (5, "running", []),
+        "tasks": (5, "running", []),
+        "approvals": (5, "running", []),
         "audit": (5, "running", []),
     }
     assert 0.05 <= report["audit"].lag_seconds <= report["sessions"].lag_seconds < 20

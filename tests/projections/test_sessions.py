@@ -7,15 +7,9 @@ from uuid import UUID
 import pytest
 
 from ledger.errors import MalformedRequest
-from ledger.events import (
-    SessionActivated,
-    SessionAnnotated,
-    SessionCompleted,
-    SessionFailed,
-    SessionMetadataChanged,
-    moment,
-)
+from ledger.events import SessionActivated, SessionAnnotated, SessionCompleted, SessionFailed, SessionMetadataChanged
 from ledger.postgres import Connection
+from ledger.values import moment
 from projections import Projector, sessions
 from projections.sessions import Filter, Page
 from tests.projections.conftest import BEGINNING, History, NewHistory, project_all, rows_read

@@ -1,0 +1,110 @@
+-- name: load
+-- The approvals that a batch goes on with.
+SELECT approval_id, position, approval FROM approvals.approvals
+WHERE ledger_id = %(ledger_id)s AND approval_id = ANY(%(ids)s)
+
+-- name: write
+-- Where neither state nor deadline changes, no index is touched.
+approval_rows AS (
+    INSERT INTO approvals.approvals (
+        ledger_id, approval_id, position, state, session_id, task_id, tool, risk, roles,
+        requester_issuer, requester_sub, expires_at, due_at, approval
+    )
+    SELECT
+        a.ledger_id, p.approval_id, p.position, p.state, p.session_id, p.task_id, p.tool, p.risk,
+        string_to_array(p.roles, chr(10)), p.requester_issuer, p.requester_sub, p.expires_at, p.due_at, p.approval
+    FROM advanced AS a, unnest(
+        %(approval_ids)s::uuid[], %(approval_positions)s::bigint[], %(approval_states)s::text[],
+        %(approval_session_ids)s::uuid[], %(approval_task_ids)s::uuid[], %(approval_tools)s::text[],
+        %(approval_risks)s::smallint[], %(approval_roles)s::text[], %(approval_issuers)s::text[],
+        %(approval_subs)s::text[], %(approval_expires_ats)s::timestamptz[], %(approval_due_ats)s::timestamptz[],
+        %(approvals)s::bytea[]
+    ) AS p (
+        approval_id, position, state, session_id, task_id, tool, risk, roles,
+        requester_issuer, requester_sub, expires_at, due_at, approval
+    )
+    WHERE a.view = 'approvals'
+    ON CONFLICT (ledger_id, approval_id) DO UPDATE
+    SET state = excluded.state, due_at = excluded.due_at, approval = excluded.approval
+)
+
+-- name: get
+SELECT approval FROM approvals.approvals WHERE ledger_id = %(ledger_id)s AND approval_id = %(approval_id)s
+
+-- name: due
+-- Approvals whose time has run out, the longest overdue first. Where the view is parked it would name the same ones
+-- for ever; there they are seen to when a command touches them.
+SELECT l.project_id, k.approval
+FROM approvals.approvals AS k
+JOIN ledger.ledgers AS l ON l.ledger_id = k.ledger_id
+WHERE k.due_at <= now() AND NOT EXISTS (
+    SELECT FROM projections.positions AS p
+    WHERE p.view = 'approvals' AND p.ledger_id = k.ledger_id AND p.parked_position IS NOT NULL
+)
+ORDER BY k.due_at LIMIT %(limit)s
+
+-- A list is made of the parts below. `after` is always the position of the last one shown; what else it is sorted by
+-- never changes.
+
+-- name: list
+SELECT k.position, k.approval FROM approvals.approvals AS k WHERE k.ledger_id = %(ledger_id)s
+
+-- name: pending
+-- Spelled out: else the planner, which does not see the values, could not tell that the indexes of what is pending
+-- hold all of it, nor that this is the rarest of all that is asked for.
+AND k.state = 'pending'
+
+-- name: state
+AND k.state = %(state)s
+
+-- name: session_id
+AND k.session_id = %(session_id)s
+
+-- name: task_id
+AND k.task_id = %(task_id)s
+
+-- name: tool
+AND k.tool = %(tool)s
+
+-- name: risk
+AND k.risk = %(risk)s
+
+-- name: role
+AND k.roles @> ARRAY[%(role)s::text]
+
+-- name: requester
+AND k.requester_sub = %(requester)s
+
+-- name: issuer
+AND k.requester_issuer = %(issuer)s
+
+-- name: expires_before
+AND k.expires_at < %(expires_before)s
+
+-- name: after_asc
+AND k.position > %(after)s
+
+-- name: after_desc
+AND k.position < %(after)s
+
+-- name: after_risk
+AND (k.risk, k.position) > (
+    SELECT risk, position FROM approvals.approvals WHERE ledger_id = %(ledger_id)s AND position = %(after)s
+)
+
+-- name: after_expires_at
+AND (k.expires_at, k.position) > (
+    SELECT expires_at, position FROM approvals.approvals WHERE ledger_id = %(ledger_id)s AND position = %(after)s
+)
+
+-- name: by_asc
+ORDER BY k.position LIMIT %(limit)s
+
+-- name: by_desc
+ORDER BY k.position DESC LIMIT %(limit)s
+
+-- name: by_risk
+ORDER BY k.risk, k.position LIMIT %(limit)s
+
+-- name: by_expires_at
+ORDER BY k.expires_at, k.position LIMIT %(limit)s
