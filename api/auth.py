@@ -18,8 +18,8 @@ from msgspec import Meta, Struct
 
 from ledger.commands import ProjectId
 from ledger.errors import Forbidden, Unauthenticated
-from ledger.events import Actor, Line
 from ledger.project_key import create_key_file, read_key_file
+from ledger.values import Actor, Line
 
 DEVELOPMENT_ISSUER = "muniment-development"
 LIFETIME_SECONDS = 30 * 24 * 3600
@@ -102,8 +102,10 @@ class Tokens:
         if (caller := self.known(authorization)) is not None:
             return caller
         scheme, _, token = authorization.partition(b" ")
-        if scheme.lower() != b"bearer" or len(token) > TOKEN_BYTES_MAX:
+        if scheme.lower() != b"bearer":
             raise Unauthenticated(why="The Authorization header is not `Bearer <token>`")
+        if len(token) > TOKEN_BYTES_MAX:
+            raise Unauthenticated(why=f"The token is over {TOKEN_BYTES_MAX} bytes")
         caller, expires_at = await self._verify(token.strip())
         if len(self._verified) >= VERIFIED_TOKENS_MAX:
             del self._verified[next(iter(self._verified))]

@@ -10,25 +10,23 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
 import jwt
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 from msgspec import Struct
 
 from api.auth import READERS, Caller, Kind, Verify
 from ledger.commands import ProjectId
 from ledger.errors import StoreUnavailable, Unauthenticated
-from ledger.events import Actor, Line, Principal
 from ledger.settings import Settings
+from ledger.values import Actor, Count, Line, Principal
 
 log = logging.getLogger(__name__)
-
-ROLES = READERS | {"importer"}
-"""Every role there is. A provider serves others too, so what else it calls a role is passed over."""
 
 ALGORITHMS = {
     ("RSA", None): ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
@@ -45,7 +43,8 @@ TYPES = frozenset({"at+jwt", "application/at+jwt", "jwt"})
 
 LEEWAY_SECONDS = 30
 """How far the provider's clock may be from ours."""
-RSA_BITS_MIN = 2048
+RSA_BITS_MIN, RSA_BITS_MAX = 2048, 8192
+"""Below, a signature can be forged; above, it takes a request's time to verify one."""
 ACTORS_MAX = 10
 
 REFRESH_SECONDS = 300.0
@@ -55,6 +54,8 @@ KEYS_SECONDS_MAX = 3600.0
 """How long keys serve when the provider does not answer."""
 ASK_SECONDS_MIN = 5.0
 """The provider is asked no more often than this, however many tokens name keys that it does not have."""
+WAITING_MAX = 100
+"""How many such tokens wait for its answer; a flood of them holds no more requests than that."""
 ANSWER_SECONDS_MAX = 5.0
 DOCUMENT_BYTES_MAX = 1024 * 1024
 
@@ -77,7 +78,6 @@ async def provider(settings: Settings) -> AsyncGenerator[dict[str, Verify]]:
             keeping.cancel()
             with suppress(asyncio.CancelledError):
                 await keeping
-            await keys.close()
 
 
 # Keys
@@ -107,101 +107,126 @@ class _Key(Struct):
 
 
 class Keys:
-    """The signing keys that an issuer publishes."""
+    """The signing keys that an issuer publishes. Only `keep` asks for them, so no answer overtakes another."""
 
     def __init__(self, issuer_url: str, client: httpx.AsyncClient) -> None:
         self._issuer_url = issuer_url
         self._client = client
         self._known: dict[tuple[str, str], Any] = {}
-        self._fetched_at = self._asked_at = -math.inf
-        self._asking: asyncio.Task[None] | None = None
-        self._trouble: str | None = "it was not asked yet"
+        self._fetched_at = -math.inf
+        self._asked_at = -math.inf  # when the question was put to which the last answer came, or none
+        self._trouble: str | None = None
+        self._wanted, self._answered = asyncio.Event(), asyncio.Event()
+        self._room = asyncio.Semaphore(WAITING_MAX)
 
     async def find(self, kid: str, algorithm: str) -> Any:
-        """The key `kid`, which may sign with `algorithm`. Asks the issuer if it is not known.
+        """The key `kid`, which may sign with `algorithm`.
 
+        Where it is not known, waits for an answer to a question that is put from now on: an older one says
+        nothing about a key that is newer. That takes up to ASK_SECONDS_MIN and ANSWER_SECONDS_MAX.
         Raises Unauthenticated where the issuer has no such key, and StoreUnavailable where it cannot say.
         """
-        if (key := self._fresh.get((kid, algorithm))) is not None:
+        wanted, came = (kid, algorithm), time.monotonic()
+        if wanted not in self._fresh and self._trouble is None and not self._room.locked():
+            async with self._room:
+                await self._until(lambda: wanted in self._fresh or self._asked_at >= came or self._trouble is not None)
+        if (key := self._fresh.get(wanted)) is not None:
             return key
-        await self.ask()
-        if (key := self._fresh.get((kid, algorithm))) is not None:
-            return key
-        if self._trouble is None:
+        if self._trouble is None and self._asked_at >= came:
             raise Unauthenticated(why="The token is signed with a key that its issuer does not publish")
         # Not a 401: that would make a client drop a token which may be good, and ask an issuer for another that
         # does not answer. Of the codes for "not now", this one says what is so: nothing was done, send it again.
-        raise StoreUnavailable(why="The issuer of this token does not answer, so the token cannot be verified")
+        why = "The issuer of this token does not answer" if self._trouble else "Many wait for this token's issuer"
+        raise StoreUnavailable(why=f"{why}, so the token cannot be verified")
 
     @property
     def _fresh(self) -> dict[tuple[str, str], Any]:
         return self._known if time.monotonic() < self._fetched_at + KEYS_SECONDS_MAX else {}
 
-    async def keep(self) -> None:
-        """Fetch the keys now, and before they grow old, for ever; soon again where that fails."""
-        while True:
-            await self.ask()
-            await asyncio.sleep(REFRESH_SECONDS if self._trouble is None else ASK_SECONDS_MIN)
-
     async def ask(self) -> None:
-        """Fetch the keys, unless that was tried a moment ago; all who want it at once wait for one answer."""
-        if self._asking is None or (self._asking.done() and time.monotonic() >= self._asked_at + ASK_SECONDS_MIN):
-            self._asked_at = time.monotonic()
-            self._asking = asyncio.create_task(self._ask())
-        await asyncio.shield(self._asking)  # a caller who goes away does not end it for the others
+        """Have the issuer asked from now on, and wait until it answered that, or failed to."""
+        came = time.monotonic()
+        await self._until(lambda: self._asked_at >= came)
 
-    async def close(self) -> None:
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.wait([self._asking])
+    async def _until(self, enough: Callable[[], bool]) -> None:
+        while not enough():
+            self._wanted.set()
+            await self._answered.wait()
 
-    async def _ask(self) -> None:
+    async def keep(self) -> None:
+        """Fetch the keys now, and before they grow old, for ever; sooner where that fails, or somebody waits."""
+        while True:
+            asked_at = time.monotonic()
+            await self._ask(asked_at)
+            self._asked_at = asked_at
+            # Whom this did not tell enough wants another, and says so.
+            self._wanted.clear()
+            answered, self._answered = self._answered, asyncio.Event()
+            answered.set()
+            await asyncio.sleep(asked_at + ASK_SECONDS_MIN - time.monotonic())
+            if self._trouble is None:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wanted.wait(), asked_at + REFRESH_SECONDS - time.monotonic())
+
+    async def _ask(self, asked_at: float) -> None:
         try:
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
                 known = await self._fetch()
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, msgspec.MsgspecError, ValueError) as error:
+        except (
+            httpx.HTTPError,
+            httpx.InvalidURL,
+            TimeoutError,
+            msgspec.MsgspecError,
+            ValueError,
+            RecursionError,
+        ) as error:
             trouble = f"{type(error).__name__}: {error}"
             if trouble != self._trouble:
                 log.warning("No keys from the OpenID provider %s (those known are kept): %s", self._issuer_url, trouble)
             self._trouble = trouble
             return
         # All at once: what the issuer no longer publishes is no longer trusted.
-        self._known, self._fetched_at, self._trouble = known, self._asked_at, None
+        self._known, self._fetched_at, self._trouble = known, asked_at, None
 
     async def _fetch(self) -> dict[tuple[str, str], Any]:
         # s4.1: a slash at the end of the issuer is left out.
         address = f"{self._issuer_url.removesuffix('/')}/.well-known/openid-configuration"
         metadata = msgspec.json.decode(await self._get(address), type=_Metadata)
         if metadata.issuer != self._issuer_url:
-            raise ValueError(f"{address} is about the issuer {metadata.issuer!r}: is OIDC_ISSUER_URL spelt like that?")
+            raise ValueError(
+                f"{address} is about the issuer {metadata.issuer[:200]!r}: is OIDC_ISSUER_URL spelt like that?"
+            )
         if self._issuer_url.startswith("https:") and not metadata.jwks_uri.startswith("https:"):
-            raise ValueError(f"its keys are at {metadata.jwks_uri!r}, which is not https")
+            raise ValueError(f"its keys are at {metadata.jwks_uri[:200]!r}, which is not https")
         return signing_keys(msgspec.json.decode(await self._get(metadata.jwks_uri), type=_KeySet).keys)
 
     async def _get(self, address: str) -> bytes:
-        body = b""
-        async with self._client.stream("GET", address) as response:
+        body = bytearray()
+        # As it is, since a few bytes of a compressed document can be any number of ours; and by a connection of its
+        # own: one that was kept until the next time may be closed by the provider just when it is used.
+        headers = {"Accept-Encoding": "identity", "Connection": "close"}
+        async with self._client.stream("GET", address, headers=headers) as response:
             response.raise_for_status()  # a redirect as well: the issuer says where things are, and no one else
-            async for piece in response.aiter_bytes():
+            async for piece in response.aiter_raw():
                 body += piece
                 if len(body) > DOCUMENT_BYTES_MAX:
                     raise ValueError(f"{address} is over {DOCUMENT_BYTES_MAX} bytes")
-        return body
+        return bytes(body)
 
 
 def signing_keys(published: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
-    """The keys of a set by `kid` and each algorithm that they may be used with. A key that is not understood,
-    or is too weak, or is for something else, is passed over (RFC 7517 s5)."""
+    """The keys of a set by `kid` and each algorithm that they may be used with. A key that is not understood, or
+    is for something else, or proves nothing (weak, or published with its secret half), is passed over (RFC 7517 s5)."""
     keys: dict[tuple[str, str], Any] = {}
     for one in published:
         try:
             said = msgspec.convert(one, _Key)
             fitting = ALGORITHMS.get((said.kty, said.crv), ())
-            algorithms = [name for name in fitting if said.alg in (name, None) and said.use == "sig"]
+            algorithms = [name for name in fitting if said.alg in (name, None) and said.use == "sig" and "d" not in one]
             key = jwt.PyJWK(one, algorithms[0]).key if algorithms else None
-        except (msgspec.ValidationError, jwt.PyJWTError, ValueError, TypeError):
+        except (msgspec.ValidationError, jwt.PyJWTError, ValueError, TypeError, UnsupportedAlgorithm):
             continue
-        if said.kty != "RSA" or (key is not None and key.key_size >= RSA_BITS_MIN):
+        if said.kty != "RSA" or (key is not None and RSA_BITS_MIN <= key.key_size <= RSA_BITS_MAX):
             keys |= {(said.kid, name): key for name in algorithms}
     return keys
 
@@ -226,7 +251,7 @@ class _Claims(Struct):
     client_id: Line | None = None
     azp: Line | None = None
     act: _Act | None = None
-    auth_time: int | None = None
+    auth_time: Count | None = None
     acr: Line | None = None
     amr: list[Line] | None = None
 
@@ -266,8 +291,8 @@ def caller_of(claims: dict[str, Any], settings: Settings) -> Caller:
     known = msgspec.convert(claims, _Claims)
     project = _read(claims, settings.oidc_project_claim, ProjectId)
     kind: Kind = _read(claims, settings.oidc_kind_claim, Kind | None) or "agent"
-    named = _read(claims, settings.oidc_roles_claim, list[str] | str | None) or []
-    roles = tuple(dict.fromkeys(role for role in (named.split() if isinstance(named, str) else named) if role in ROLES))
+    # All of them, known here or not: a quorum may name any role, such as `finance`.
+    roles = tuple(dict.fromkeys(_read(claims, settings.oidc_roles_claim, list[Line] | None, split=True) or ()))
     client = known.client_id or known.azp
     if known.act is None:
         actor = Actor(
@@ -308,9 +333,10 @@ def _chain(claims: _Claims, act: _Act) -> tuple[Principal, ...]:
     return (Principal(claims.iss, claims.sub), *reversed(between[1:]))
 
 
-def _read(claims: dict[str, Any], name: str, wanted: Any) -> Any:
+def _read(claims: dict[str, Any], name: str, wanted: Any, *, split: bool = False) -> Any:
+    found = find_claim(claims, name)
     try:
-        return msgspec.convert(find_claim(claims, name), wanted)
+        return msgspec.convert(found.split() if split and isinstance(found, str) else found, wanted)
     except msgspec.ValidationError as error:
         raise Unauthenticated(why=f"The token's claim `{name}` is missing or not usable: {error}") from None
 

@@ -1,7 +1,7 @@
 """The real app over a fresh database, and callers with tokens for it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ import httpx
 import pytest
 from litestar import Litestar
 
+from api import oidc
 from api.app import create_app
 from api.auth import development_token
 from ledger.settings import Settings
 from ops.worker import work
+from tests.api.provider.provider import OpenIdProvider, installed
+from tests.api.provider.trust import AUDIENCE
 from tests.conftest import Database
 
 Token = Callable[..., dict[str, str]]
@@ -96,3 +99,22 @@ async def worker(database: Database, tmp_path: Path) -> AsyncIterator[None]:
     yield
     stop.set()
     await job
+
+
+@pytest.fixture(scope="session")
+def provider_directory(request: pytest.FixtureRequest) -> Path:
+    return installed(request.config.cache.mkdir("openid-provider"))
+
+
+@pytest.fixture
+def openid(provider_directory: Path) -> Iterator[OpenIdProvider]:
+    """An OpenID provider of this test's own."""
+    with OpenIdProvider(provider_directory, AUDIENCE) as openid:
+        yield openid
+
+
+@pytest.fixture
+def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An issuer may be asked again at once, and takes as long to answer as a busy machine needs."""
+    monkeypatch.setattr(oidc, "ASK_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(oidc, "ANSWER_SECONDS_MAX", 60.0)

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 SOURCES = ("package.json", "package-lock.json", "provider.js")
 NODE_VERSION_MIN = 20
 REDIRECT = "http://127.0.0.1/callback"
+ANSWER_SECONDS_MAX = 60.0
 VERIFIER = "v" * 43
 """The secret of a sign-in (RFC 7636)."""
 
@@ -136,7 +137,7 @@ class OpenIdProvider:
             "code_challenge": challenge,
             "code_challenge_method": "S256",
         }
-        with httpx.Client(base_url=self.issuer, trust_env=False) as browser:
+        with httpx.Client(base_url=self.issuer, trust_env=False, timeout=ANSWER_SECONDS_MAX) as browser:
             form = browser.get("/auth", params=asked).headers["location"]
             back = browser.post(form, data={"prompt": "login", "login": person, "password": "any"}).headers["location"]
             code = httpx.URL(browser.get(back).headers["location"]).params["code"]
@@ -146,7 +147,7 @@ class OpenIdProvider:
 
     def _tokens(self, client_id: str, **fields: str) -> dict[str, str]:
         sent = {"client_id": client_id, "client_secret": "secret"} | fields
-        answer = httpx.post(f"{self.issuer}/token", data=sent, trust_env=False)
+        answer = httpx.post(f"{self.issuer}/token", data=sent, trust_env=False, timeout=ANSWER_SECONDS_MAX)
         assert answer.status_code == 200, answer.text
         tokens: dict[str, str] = answer.json()
         return tokens
