@@ -5,6 +5,7 @@ and handed on; the process starts without PostgreSQL and without Redis, and each
 route does is in the module of its resource; nothing is decided here.
 """
 
+import asyncio
 import os
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -18,12 +19,14 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import LifeSpanReceive, LifeSpanScope, LifeSpanSend, Receive, Scope, Send
 
-from api import audit, commands, docs, events, health, openapi, records, sessions
+from api import approvals, audit, commands, docs, events, health, openapi, records, sessions, tasks
 from api.auth import DEVELOPMENT_ISSUER, Tokens, development_verifier
 from api.http import Answer, Api, refuse
 from api.idempotency import Copy
+from api.line import Line
 from api.oidc import provider
 from api.problems import as_error
+from api.use_tokens import Signer
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.postgres import open_pool
@@ -31,7 +34,7 @@ from ledger.settings import Settings
 from ledger.vault import Vault
 
 CONNECTIONS_MAX = 8
-RESOURCES = (sessions, records, commands, events, audit, health, docs)
+RESOURCES = (sessions, records, tasks, approvals, commands, events, audit, health, docs)
 
 
 @asynccontextmanager
@@ -44,6 +47,7 @@ async def serving(app: Litestar, settings: Settings) -> AsyncGenerator[None]:
         committer = Committer(
             pool, vault, create_ledgers=development, session_retention_days=settings.session_retention_days
         )
+        line = Line(committer)
         copy = None
         if settings.redis_url and settings.idempotency_enabled:
             copy = Copy(settings.redis_url, vault, ttl_seconds=settings.idempotency_ttl_seconds)
@@ -55,12 +59,18 @@ async def serving(app: Litestar, settings: Settings) -> AsyncGenerator[None]:
             committer=committer,
             tokens=Tokens(verifiers),
             copy=copy,
+            line=line,
+            signer=Signer(settings.keys_dir, pool, create_key=development),
             creates_ledgers=development,
         )
+        direct = conninfo if settings.embedded else settings.database_direct_url
+        listening = asyncio.create_task(committer.watch.listen(direct))
         try:
             yield
         finally:
+            listening.cancel()
             # What was accepted is finished and answered before anything goes away.
+            await line.closed()
             await committer.close()
             if copy is not None:
                 await copy.close()
@@ -105,6 +115,7 @@ class Application(Litestar):
     def end_waits(self) -> None:
         """Have those who wait for a change answered at once; it may be called from a signal handler."""
         self.state.api.ending = True
+        self.state.api.line.end()
 
 
 def options(routes: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:

@@ -7,64 +7,67 @@ that the server raised. The server's own parts are never imported here: this is 
 """
 
 import asyncio
-import ipaddress
-import random
-import re
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from itertools import count, islice
-from string import Formatter
+from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import datetime
+from itertools import islice
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, cast
 from urllib.parse import quote
 from uuid import UUID
 
-import httpx
 import msgspec
 from msgspec import UNSET, Struct
 from uuid_utils.compat import uuid7
 
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, OpenSession, Record
-from ledger.errors import ERRORS, BodyTooLarge, MalformedRequest, MunimentError, StoreUnavailable
+from api.wire import TRY_AGAIN, Json, Tries, Wire, decoded, error_of, strange
+from api.work import Work
+from ledger.commands import (
+    LEASE_SECONDS,
+    AnnotateSession,
+    BeginUse,
+    CancelApproval,
+    CancelSession,
+    CancelTask,
+    CastVote,
+    ChangeSession,
+    ClaimTasks,
+    Command,
+    CompleteTask,
+    EditApproval,
+    FailTask,
+    OpenSession,
+    PresentApproval,
+    Record,
+    RecordOutcome,
+    RedriveTask,
+    RequestApproval,
+    RevokeApproval,
+    SubmitTask,
+    SuspendTask,
+    WithdrawApproval,
+    WithdrawVote,
+)
+from ledger.errors import BodyTooLarge, MunimentError
+from ledger.values import Action
 
 BATCH_COMMANDS_MAX = 1000
 BATCH_BYTES_MAX = 8 * 1024 * 1024
 PAGE_ITEMS_MAX = 200
 PAGE_EVENTS_MAX = 1000
-FIRST_PAUSE_SECONDS = 0.1
-LONGEST_PAUSE_SECONDS = 5.0
 WAIT_TIMEOUT_SECONDS = 30.0
-
-Json = dict[str, Any]
-
-# Whether the server saw the request is not known after these, and need not be: the command id decides.
-_LOST = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
-_TRY_AGAIN = (429, 503)
-_PROBLEM_MEMBERS = {"type", "title", "status", "code", "detail", "instance", "errors"}
-
-
-class Problem(MunimentError):
-    """An answer that no class of `ledger.errors` says: a proxy's, or a newer server's.
-
-    `code`, `status`, `title` and `params` are as answered; `detail` is readable.
-    """
-
-    code, status, title = "unknown_problem", 500, "An answer that this client does not know"
-    template = "{said}"
-
-    def __init__(self, status: int, code: str, title: str, detail: str, **members: Any) -> None:
-        vars(self).update(code=code, status=status, title=title)
-        super().__init__(said=f"{status} {title}: {detail}" if detail else f"{status} {title}", **members)
+CHANGE_WAIT_SECONDS = 50
+OPEN_TASK = ("queued", "running", "waiting", "retrying")
+PAUSE_SECONDS = 0.1
+"""Between two waits: a server that is to end answers those who wait at once."""
 
 
 class Answer(Struct, frozen=True, kw_only=True):
     """What became of one command.
 
-    `body` is the session or the record as the command left it, or the problem where it was refused.
+    `body` is what the command's own route answers: the session, record, task or approval as it left that, or the
+    problem where it was refused.
     `positions` are those of the events it appended, now or, if it is `replayed`, when it was first given.
     `command_id` is None where it could not be read.
     """
@@ -103,17 +106,22 @@ class Client:
         timeout_seconds: float = 30.0,
         connections_max: int = 32,
     ) -> None:
-        self.url = url.rstrip("/")
-        self.ledger_id: str | None = None
-        """The ledger that answered last. If it changes, positions have started again."""
-        self._patience_seconds = patience_seconds
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token.strip()}", "Accept": "application/json"},
-            timeout=httpx.Timeout(timeout_seconds, connect=min(5.0, timeout_seconds), pool=None),
-            limits=httpx.Limits(max_connections=connections_max, max_keepalive_connections=connections_max),
-            trust_env=not _is_loopback(self.url),  # a proxy cannot reach this machine's own servers
+        self._wire = Wire(
+            url,
+            token,
+            patience_seconds=patience_seconds,
+            timeout_seconds=timeout_seconds,
+            connections_max=connections_max,
         )
+
+    @property
+    def url(self) -> str:
+        return self._wire.url
+
+    @property
+    def ledger_id(self) -> str | None:
+        """The ledger that answered last. If it changes, positions have started again."""
+        return self._wire.ledger_id
 
     async def __aenter__(self) -> "Client":
         return self
@@ -124,7 +132,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._wire.close()
 
     # Commands
 
@@ -147,25 +155,25 @@ class Client:
         """
         waiting = deque((command.command_id, text) for command, text in map(_encoded, commands))
         answers: list[Answer] = []
-        tries = _Tries(self._patience_seconds)
+        tries = Tries(self._wire.patience_seconds)
         while waiting:
             batch = _first_batch(waiting)
             if not batch:
                 answers.append(_too_large(str(waiting.popleft()[0])))
                 continue
-            response = await self._exchange("POST", "/commands", content=b"[%b]" % b",".join(batch))
-            decided: list[Answer] = _decoded(response, _answers)
+            response = await self._wire.exchange("POST", "/commands", content=b"[%b]" % b",".join(batch))
+            decided: list[Answer] = decoded(response, _answers)
             if len(decided) != len(batch):
-                raise _strange(response)
+                raise strange(response)
             for answer in decided:
-                if answer.status in _TRY_AGAIN:
+                if answer.status in TRY_AGAIN:
                     error = error_of(answer.status, answer.body)
                     await tries.pause(error, float(error.retry_after_seconds or 0))
                     break
                 answers.append(answer)
                 waiting.popleft()
             else:
-                tries = _Tries(self._patience_seconds)
+                tries = Tries(self._wire.patience_seconds)
         return answers
 
     async def open_session(self, agent_role: str, **fields: Any) -> Answer:
@@ -188,6 +196,128 @@ class Client:
         """Record a fact; `fields` are those of `Record`."""
         return await self.command(Record(kind=kind, **fields))
 
+    async def submit_task(self, kind: str, **fields: Any) -> Answer:
+        """Submit work; `fields` are those of `SubmitTask`."""
+        return await self.command(SubmitTask(kind=kind, **fields))
+
+    async def route_task(self, role: str, kind: str, **fields: Any) -> Answer:
+        """Submit work for a role, whoever has it: a task of the kind `<role>.<kind>`."""
+        return await self.submit_task(f"{role}.{kind}", **fields)
+
+    async def claim_tasks(
+        self, worker: str, *, wait_seconds: int = 0, patience_seconds: float | None = None, **fields: Any
+    ) -> list[Json]:
+        """Claim work, and wait for it if there is none; `fields` are those of `ClaimTasks`. See also `work`."""
+        _, content = _encoded(ClaimTasks(worker=worker, **fields))
+        response = await self._wire.exchange(
+            "POST",
+            "/tasks/claim",
+            content=content,
+            params={"wait_seconds": wait_seconds},
+            patience_seconds=patience_seconds,
+            wait_seconds=wait_seconds,
+        )
+        tasks: list[Json] = decoded(response, _objects)["tasks"]
+        return tasks
+
+    async def heartbeat(
+        self,
+        task_id: UUID,
+        lease_id: UUID,
+        *,
+        lease_seconds: int = LEASE_SECONDS,
+        patience_seconds: float | None = None,
+    ) -> None:
+        """Keep a task for so long from now. Raises LeaseLost."""
+        content = msgspec.json.encode({"lease_id": lease_id, "lease_seconds": lease_seconds})
+        path = f"/tasks/{task_id}/heartbeat"
+        await self._wire.exchange("POST", path, content=content, patience_seconds=patience_seconds)
+
+    async def complete_task(self, task_id: UUID, lease_id: UUID, result: Any = None, **fields: Any) -> Answer:
+        """Say what came out of a task; `fields` are those of `CompleteTask`. Raises LeaseLost."""
+        return await self.command(CompleteTask(task_id=task_id, lease_id=lease_id, result=result, **fields))
+
+    async def fail_task(self, task_id: UUID, lease_id: UUID, error: Any = None, **fields: Any) -> Answer:
+        """Say that an attempt failed; `fields` are those of `FailTask`. Raises LeaseLost."""
+        return await self.command(FailTask(task_id=task_id, lease_id=lease_id, error=error, **fields))
+
+    async def suspend_task(self, task_id: UUID, lease_id: UUID, approval_id: UUID, **fields: Any) -> Answer:
+        """Have a task wait for an approval of it. Raises LeaseLost."""
+        return await self.command(SuspendTask(task_id=task_id, lease_id=lease_id, approval_id=approval_id, **fields))
+
+    async def cancel_task(self, task_id: UUID, **fields: Any) -> Answer:
+        """Cancel a task; `fields` are those of `CancelTask`."""
+        return await self.command(CancelTask(task_id=task_id, **fields))
+
+    async def redrive_task(self, task_id: UUID, reason: Any, **fields: Any) -> Answer:
+        """Take a task out of the dead letters; `reason` may be a `$personal` value."""
+        return await self.command(RedriveTask(task_id=task_id, reason=reason, **fields))
+
+    def work(
+        self,
+        kinds: Sequence[str],
+        worker: str,
+        *,
+        concurrency: int = 1,
+        lease_seconds: int = LEASE_SECONDS,
+        session_id: UUID | None = None,
+    ) -> Work:
+        """The tasks of these kinds, one after the other as this worker has hands for them; see `api.work`::
+
+        async for task in muniment.work(kinds=["mail.send"], worker="mailer-1"):
+            async with task:
+                await task.complete(await send(task.payload))
+        """
+        return Work(self, kinds, worker, concurrency=concurrency, lease_seconds=lease_seconds, session_id=session_id)
+
+    async def request_approval(self, action: Action | Json, **fields: Any) -> Answer:
+        """Ask whether an action may run; `fields` are those of `RequestApproval`. See also `wait_for_decision`."""
+        return await self.command(RequestApproval(action=action, **fields))  # type: ignore[arg-type]
+
+    async def present(self, approval_id: UUID, channel: str, **fields: Any) -> Answer:
+        """Say that the caller was shown the request."""
+        return await self.command(PresentApproval(approval_id=approval_id, channel=channel, **fields))
+
+    async def vote(
+        self, approval_id: UUID, verdict: Literal["approve", "deny"], digest_seen: str | None = None, **fields: Any
+    ) -> Answer:
+        """Approve or deny the request whose `request_digest` was seen; `fields` are those of `CastVote`."""
+        return await self.command(CastVote(approval_id=approval_id, verdict=verdict, digest_seen=digest_seen, **fields))
+
+    async def withdraw_vote(self, approval_id: UUID, **fields: Any) -> Answer:
+        """Take the caller's vote back."""
+        return await self.command(WithdrawVote(approval_id=approval_id, **fields))
+
+    async def edit(self, approval_id: UUID, action: Action | Json, **fields: Any) -> Answer:
+        """Ask about a changed action instead; `fields` are those of `EditApproval`."""
+        return await self.command(EditApproval(approval_id=approval_id, action=action, **fields))  # type: ignore[arg-type]
+
+    async def withdraw(self, approval_id: UUID, **fields: Any) -> Answer:
+        """Take the caller's request back; `fields` are those of `WithdrawApproval`."""
+        return await self.command(WithdrawApproval(approval_id=approval_id, **fields))
+
+    async def cancel_approval(self, approval_id: UUID, **fields: Any) -> Answer:
+        """End a request undecided; `fields` are those of `CancelApproval`."""
+        return await self.command(CancelApproval(approval_id=approval_id, **fields))
+
+    async def revoke(self, approval_id: UUID, **fields: Any) -> Answer:
+        """Take an approval back that is not being used; `fields` are those of `RevokeApproval`."""
+        return await self.command(RevokeApproval(approval_id=approval_id, **fields))
+
+    async def begin_use(self, approval_id: UUID, execution_id: UUID, action: Action | Json, **fields: Any) -> Answer:
+        """Begin to run what was approved; the body has a `use_token`. `fields` are those of `BeginUse`."""
+        return await self.command(
+            BeginUse(approval_id=approval_id, execution_id=execution_id, action=action, **fields)  # type: ignore[arg-type]
+        )
+
+    async def record_outcome(
+        self, approval_id: UUID, execution_id: UUID, outcome: Literal["ok", "failed"], **fields: Any
+    ) -> Answer:
+        """Say what came of an execution; `fields` are those of `RecordOutcome`."""
+        return await self.command(
+            RecordOutcome(approval_id=approval_id, execution_id=execution_id, outcome=outcome, **fields)
+        )
+
     async def receipt(self, command_id: str, *, principal: str | None = None) -> Json:
         """What became of a command: {status, positions, body}. Raises NotFound if it was never recorded."""
         return await self._get(f"/commands/{quote(command_id, safe='')}", {"principal": principal})
@@ -200,6 +330,37 @@ class Client:
     async def get_record(self, record_id: UUID, **parameters: Any) -> Json:
         return await self._get(f"/records/{record_id}", parameters)
 
+    async def get_task(self, task_id: UUID, **parameters: Any) -> Json:
+        return await self._get(f"/tasks/{task_id}", parameters)
+
+    async def list_attempts(self, task_id: UUID) -> list[Json]:
+        """Every attempt of a task, in order."""
+        attempts: list[Json] = (await self._get(f"/tasks/{task_id}/attempts", {}))["attempts"]
+        return attempts
+
+    async def wait_for_task(self, task_id: UUID, *, timeout_seconds: float | None = None) -> Json:
+        """The task once nobody is to work on it any more: it is completed, dead, cancelled or expired. Raises
+        TimeoutError."""
+        async with asyncio.timeout(timeout_seconds):
+            task = await self.get_task(task_id)
+            while task["state"] in OPEN_TASK:
+                task = await self._changed(f"/tasks/{task_id}", task)
+            return task
+
+    async def get_approval(self, approval_id: UUID, **parameters: Any) -> Json:
+        return await self._get(f"/approvals/{approval_id}", parameters)
+
+    async def wait_for_decision(self, approval_id: UUID, *, timeout_seconds: float | None = None) -> Json:
+        """The approval once it is decided, or the one that took its place. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_seconds):
+            approval = await self.get_approval(approval_id)
+            while approval["state"] in ("pending", "superseded"):
+                if approval["state"] == "superseded":
+                    approval = await self.get_approval(approval["superseded_by"])
+                else:
+                    approval = await self._changed(f"/approvals/{approval['approval_id']}", approval)
+            return approval
+
     def list_sessions(self, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
         """The sessions, at most `limit` of them, page by page as they are asked for."""
         return self._pages("/sessions", "sessions", filters, limit, PAGE_ITEMS_MAX)
@@ -207,12 +368,21 @@ class Client:
     def list_records(self, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
         return self._pages("/records", "records", filters, limit, PAGE_ITEMS_MAX)
 
+    def list_tasks(self, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
+        return self._pages("/tasks", "tasks", filters, limit, PAGE_ITEMS_MAX)
+
+    def list_dead_letters(self, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
+        return self._pages("/dead-letters", "tasks", filters, limit, PAGE_ITEMS_MAX)
+
+    def list_approvals(self, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
+        return self._pages("/approvals", "approvals", filters, limit, PAGE_ITEMS_MAX)
+
     def events(self, *, after: int = 0, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
         """The events after a position, in order, to the end of the ledger as it is when that is reached."""
         return self._pages("/events", "events", {"after": after} | filters, limit, PAGE_EVENTS_MAX)
 
     def session_events(self, session_id: UUID, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
-        """Everything of a session: its own events and those of its records."""
+        """Everything of a session: its own events and those of what belongs to it."""
         return self._pages(f"/sessions/{session_id}/events", "events", filters, limit, PAGE_EVENTS_MAX)
 
     def search(self, q: str, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
@@ -222,7 +392,7 @@ class Client:
     async def wait(self, position: int, *, timeout_seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
         """Return when every view shows what was appended up to `position`; raises ViewBehind if it does not."""
         deadline = time.monotonic() + timeout_seconds
-        for path in ("/sessions", "/records", "/events"):
+        for path in ("/sessions", "/records", "/tasks", "/approvals", "/events"):
             await self._get(path, {"limit": 1, "min_position": position}, deadline - time.monotonic())
 
     async def _pages(
@@ -238,56 +408,25 @@ class Client:
             left = None if left is None else left - len(page[plural])
             filters = filters | {"after": page["next"]}
 
-    # The wire
+    async def _changed(self, path: str, known: Json) -> Json:
+        """One thing once it is another than what is `known` of it, or after a while as it is."""
+        response = await self._wire.exchange(
+            "GET",
+            path,
+            params={"wait_seconds": CHANGE_WAIT_SECONDS},
+            headers={"If-None-Match": f'"{known["version"]}"'},
+            wait_seconds=CHANGE_WAIT_SECONDS,
+        )
+        if response.status_code != 304:
+            return cast(Json, decoded(response, _objects))
+        await asyncio.sleep(PAUSE_SECONDS)
+        return known
 
     async def _get(self, path: str, parameters: Json, patience_seconds: float | None = None) -> Json:
         sent = {name: _parameter(value) for name, value in parameters.items() if value is not None}
-        response = await self._exchange("GET", path, params=sent, patience_seconds=patience_seconds)
-        body: Json = _decoded(response, _objects)
+        response = await self._wire.exchange("GET", path, params=sent, patience_seconds=patience_seconds)
+        body: Json = decoded(response, _objects)
         return body
-
-    async def _exchange(
-        self,
-        method: str,
-        path: str,
-        *,
-        content: bytes | None = None,
-        params: dict[str, Any] | None = None,
-        patience_seconds: float | None = None,
-    ) -> httpx.Response:
-        """Send until it is answered, always the same bytes. Raises the problem it was answered with."""
-        tries = _Tries(self._patience_seconds if patience_seconds is None else patience_seconds)
-        headers = {"Content-Type": "application/json"} if content else {}
-        while True:
-            try:
-                response = await self._http.request(method, path, content=content, params=params, headers=headers)
-            except _LOST as lost:
-                why = f"{self.url} did not answer ({str(lost) or type(lost).__name__})"
-                await tries.pause(StoreUnavailable(why=why), 0.0)
-                continue
-            self.ledger_id = response.headers.get("ledger-id", self.ledger_id)
-            if response.status_code < 300:
-                return response
-            error = error_of(response.status_code, response)
-            if response.status_code not in _TRY_AGAIN:
-                raise error
-            await tries.pause(error, _retry_after_seconds(response))
-
-
-class _Tries:
-    """The pauses between tries of one thing: longer each time, never in step with others', and bounded."""
-
-    def __init__(self, patience_seconds: float) -> None:
-        self._deadline = time.monotonic() + patience_seconds
-        self._attempts = count()
-
-    async def pause(self, error: MunimentError, at_least_seconds: float) -> None:
-        """Wait for the next try; raises `error` where there is no time left for one."""
-        grown = FIRST_PAUSE_SECONDS * 2.0 ** min(next(self._attempts), 16)
-        pause_seconds = at_least_seconds + min(grown, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)  # noqa: S311
-        if time.monotonic() + pause_seconds > self._deadline:
-            raise error
-        await asyncio.sleep(pause_seconds)
 
 
 def _encoded(command: Command) -> tuple[Command, bytes]:
@@ -315,71 +454,7 @@ def _too_large(command_id: str) -> Answer:
     return Answer(command_id=command_id, status=error.status, body=body)
 
 
-def error_of(status: int, answered: Any) -> MunimentError:
-    """The error behind a problem (RFC 9457), as the class the server raised, or as a Problem."""
-    problem = answered
-    if isinstance(answered, httpx.Response):
-        with suppress(msgspec.MsgspecError, UnicodeDecodeError):
-            problem = msgspec.json.decode(answered.content)
-    if not isinstance(problem, dict) or "code" not in problem:
-        reason = answered.reason_phrase if isinstance(answered, httpx.Response) else ""
-        text = answered.text if isinstance(answered, httpx.Response) else str(answered)
-        return Problem(status, "unknown_problem", reason or "An answer without a code", text[:200].strip())
-    members = {name: value for name, value in problem.items() if name not in _PROBLEM_MEMBERS}
-    text, title = str(problem.get("detail", "")), str(problem.get("title", ""))
-    known = ERRORS.get(str(problem["code"]))
-    with suppress(KeyError, TypeError, ValueError):  # a server of another release may say it with other members
-        if known is not None and issubclass(known, MalformedRequest):
-            return known(problem["errors"])
-        if known is not None:
-            return known(**_words(known.template, members, text) | members)
-    return Problem(status, str(problem["code"]), title, text, **{k: v for k, v in members.items() if k != "said"})
-
-
-def _words(template: str, members: Json, detail: str) -> Json:
-    """The params that are sentences: they stand in `detail` and not among the members.
-
-    In a detail of other words than ours the whole of it is the sentence.
-    """
-    pieces = list(Formatter().parse(template))
-    pattern = "".join(
-        re.escape(literal) + ("" if name is None else ".*" if name in members else f"(?P<{name}>.*)")
-        for literal, name, _, _ in pieces
-    )
-    found = re.match(pattern, detail, re.DOTALL)
-    return found.groupdict() if found else {name: detail for _, name, _, _ in pieces if name and name not in members}
-
-
-def _decoded(response: httpx.Response, decoder: msgspec.json.Decoder[Any]) -> Any:
-    try:
-        return decoder.decode(response.content)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise _strange(response) from None
-
-
-def _strange(response: httpx.Response) -> Problem:
-    detail = f"{response.url} gave something else than Muniment answers: is it a Muniment server?"
-    return Problem(response.status_code, "unknown_problem", "Not an answer", detail)
-
-
-def _retry_after_seconds(response: httpx.Response) -> float:
-    """Retry-After in either of its forms (RFC 9110 s10.2.3); 0 where it says nothing."""
-    said = response.headers.get("retry-after", "")
-    with suppress(ValueError, OverflowError):
-        if said.isdecimal():
-            return float(said)
-        return max(0.0, (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds())
-    return 0.0
-
-
 def _parameter(value: Any) -> Any:
     if isinstance(value, bool):
         return "true" if value else "false"
     return value.isoformat() if isinstance(value, datetime) else str(value)
-
-
-def _is_loopback(url: str) -> bool:
-    host = httpx.URL(url).host
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"

@@ -5,10 +5,10 @@ function of the receipt, so the first answer and every replay of it are the same
 body limit, authentication, then in the committer replay, authorization, handling. Rules are never here.
 """
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from litestar import Request, route
@@ -30,15 +30,15 @@ from api.http import (
 from api.idempotency import Asked
 from api.problems import MEDIA_TYPE, headers_of, problem
 from api.reading import Fresh, NoParameters, head, read_query, reading
+from api.resources import Claims
 from ledger import errors
 from ledger.batch import RULES
-from ledger.commands import COMMANDS, Command, CommandId, Receipt
+from ledger.commands import COMMANDS, BeginUse, Command, CommandId, Receipt
 from ledger.entry import canonical
 from ledger.errors import MalformedRequest, MunimentError, NotFound
-from ledger.events import Line
-from ledger.record import RecordedFact
-from ledger.session import Session
+from ledger.replay import ANSWERED_AS_IT_IS
 from ledger.syntax import explain, read_command
+from ledger.values import Line
 
 COMMANDS_MAX = 1000
 
@@ -56,7 +56,9 @@ REFUSALS = (
     errors.PreconditionFailed,
     errors.NotFound,
     errors.AlreadyExists,
+    errors.LeaseLost,
     errors.InvalidTransition,
+    errors.OpenWork,
     errors.UnknownParent,
     errors.SessionFull,
     errors.RateLimited,
@@ -65,6 +67,21 @@ REFUSALS = (
     errors.ClockSkew,
 )
 """Everything that a command may be told instead of what it asked for."""
+
+OF_APPROVALS = (
+    errors.SelfApprovalForbidden,
+    errors.NotEligible,
+    errors.DigestMismatch,
+    errors.AlreadyVoted,
+    errors.ExecutionStarted,
+    errors.UsesExhausted,
+    errors.NotUsable,
+    errors.RequestExpired,
+)
+"""And what it may be told besides, if it is about an approval."""
+
+UNCOPIED = ("ClaimTasks", ANSWERED_AS_IT_IS)
+"""Whose second answer need not be the first: nothing was claimed then, or the approval has been decided since."""
 
 
 class _Named(Struct):
@@ -95,6 +112,14 @@ class ItemAnswer(Struct, kw_only=True, omit_defaults=True):
     body: msgspec.Raw
     location: str | None = None
     etag: str | None = None
+
+
+class Asking(NamedTuple):
+    """One command as it was read, what the headers say beside it, and the parameters of its address."""
+
+    command: Command
+    said: CommandHeaders | None
+    query: Any
 
 
 # Reading
@@ -149,6 +174,8 @@ async def _submit(
     """What became of each, in order; from the copy where it is known there."""
     api, caller = call.api, call.caller
     traceparent = None if said is None or said.traceparent is UNSET else said.traceparent
+    if any(isinstance(command, BeginUse) for command in commands):
+        await api.signer.open()
     copy = api.copy
     if copy is None or await call.find_ledger() is None or all(c.command_id is UNSET for c in commands):
         verdicts = await api.committer.submit_all(caller.project_id, commands, caller.actor, traceparent=traceparent)
@@ -163,7 +190,7 @@ async def _submit(
     verdicts = [copied.get(index) or next(answers) for index in range(len(commands))]
     for index, one in asked.items():
         verdict = verdicts[index]
-        if isinstance(verdict, Receipt) and copied[index] is None:
+        if isinstance(verdict, Receipt) and copied[index] is None and verdict.type not in UNCOPIED:
             copy.keep(one, verdict)
     return verdicts
 
@@ -186,8 +213,10 @@ async def answer(call: Call, receipt: Receipt) -> Answer:
     if receipt.refusal is not None:
         shown = Answer(receipt.status, body, headers_of(receipt.refusal), MEDIA_TYPE)
     else:
-        shown = Answer(receipt.status, body, [(b"etag", resources.etag(receipt.state))])
-        if receipt.status == 201:
+        shown = Answer(receipt.status, body)
+        if not isinstance(receipt.state, tuple):
+            shown.headers.append((b"etag", resources.etag(receipt.state)))
+        if receipt.status in (201, 202):
             shown.headers.append((b"location", resources.location(receipt.state)))
     position = receipt.positions[-1] if receipt.event_count else receipt.seen_position
     shown.headers += [(b"ledger-position", b"%d" % position), (b"command-id", receipt.command_id.encode())]
@@ -197,11 +226,22 @@ async def answer(call: Call, receipt: Receipt) -> Answer:
 
 
 async def _body(call: Call, receipt: Receipt) -> bytes:
-    """What `receipt` says: the target as it then was, or why not. Raises Forbidden for who may not read it."""
+    """What `receipt` says: the target as it then was, or why not. Who asks again must still be a reader: Forbidden."""
     if receipt.refusal is not None:
         return encode(problem(receipt.refusal, remembered=True))
-    call.caller.require_reader("Reading the answer")
-    return await resources.encode(call.api.vault, call.caller.project_id, receipt.state)
+    if receipt.replayed:
+        call.caller.require_reader("Reading the answer")
+    return await resources.encode(call.api.vault, call.caller.project_id, receipt.state, await _beside(call, receipt))
+
+
+async def _beside(call: Call, receipt: Receipt) -> dict[str, Any]:
+    """What an answer has beside the state. Only who began a use is given its token."""
+    state = receipt.state
+    if receipt.type == ANSWERED_AS_IT_IS:
+        return {"seconds_left": resources.seconds_left(state)}
+    if receipt.type == "BeginUse" and call.caller.actor.principal == f"{state.requester.issuer}#{state.requester.sub}":
+        return {"use_token": await call.api.signer.token(call.caller.project_id, state)}
+    return {}
 
 
 async def _item_answer(call: Call, command_id: str | None, verdict: Receipt | MunimentError) -> ItemAnswer:
@@ -220,14 +260,16 @@ async def _item_answer(call: Call, command_id: str | None, verdict: Receipt | Mu
     except MunimentError as error:
         shown.status, shown.body = error.status, msgspec.Raw(encode(problem(error)))
         return shown
-    if verdict.refusal is None:
+    if verdict.refusal is None and not isinstance(verdict.state, tuple):
         shown.etag = resources.etag(verdict.state).decode()
         if verdict.status == 201:
             shown.location = resources.location(verdict.state).decode()
     return shown
 
 
-async def _one(call: Call, body: bytes, named: type[Command] | None, target: str | None) -> Answer:
+def _read_one(call: Call, body: bytes, submission: "Submission") -> Asking:
+    named, target = submission.named, submission.target
+    query = read_query(call.scope["query_string"], submission.query)
     said = headers_said(call.headers)
     if said is not None and said.idempotency_key is not UNSET:
         call.command_id = said.idempotency_key
@@ -238,13 +280,22 @@ async def _one(call: Call, body: bytes, named: type[Command] | None, target: str
         apply(said, command)
     if command.command_id is not UNSET:
         call.command_id = command.command_id
-    (verdict,) = await _submit(call, [command], said)
+    return Asking(command, said, query)
+
+
+Submit = Callable[[Call, Asking, Receive], Awaitable[Receipt]]
+
+
+async def submit(call: Call, asking: Asking, receive: Receive) -> Receipt:
+    """What became of it. Raises the error that left no trace."""
+    (verdict,) = await _submit(call, [asking.command], asking.said)
     if isinstance(verdict, MunimentError):
         raise verdict
-    return await answer(call, verdict)
+    return verdict
 
 
 async def _many(call: Call, body: bytes, named: type[Command] | None) -> Answer:
+    read_query(call.scope["query_string"], NoParameters)
     said = headers_said(call.headers)
     raws = _read_list(body, said)
     items = [_read_item(raw, said, named) for raw in raws]
@@ -264,12 +315,14 @@ class Submission(Struct, frozen=True):
     """The shared flow, as an ASGI application: what `api.app` gives requests whose address is the route's own.
 
     `named`: the type that the route says, if it is not the body that says it; `target`: the path parameter that
-    is its target; `listed`: whether a list may come too.
+    is its target; `listed`: whether a list may come too; `submit`: what this route does with one command.
     """
 
     named: type[Command] | None
     target: str | None = None
     listed: bool = False
+    submit: Submit = submit
+    query: type[Struct] = NoParameters
 
     async def __call__(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         answer = await self.answer(scope, receive)
@@ -283,51 +336,56 @@ class Submission(Struct, frozen=True):
         body = await call.read_body(receive, BATCH_BODY_BYTES_MAX if self.listed else BODY_BYTES_MAX)
         await call.authenticate()
         call.require_json(body)
-        if call.scope["query_string"]:
-            read_query(call.scope["query_string"], NoParameters)
         if self.listed and body.lstrip(b" \t\r\n")[:1] == b"[":
             return await _many(call, body, self.named)
-        return await _one(call, body, self.named, self.target)
+        return await answer(call, await self.submit(call, _read_one(call, body, self), receive))
 
     def route(self, method: str, path: str, operation: Operation) -> HTTPRouteHandler:
         async def handler(request: Request[Any, Any, Any]) -> Answer:
             return await self.answer(request.scope, request.receive)
 
         opt = {"operation": operation, "submission": self}
-        return route(path, http_method=[HttpMethod(method)], name=operation.name, opt=opt)(handler)
+        # Every answer has its own status; but by Litestar's default for DELETE none would have a body.
+        return route(path, http_method=[HttpMethod(method)], name=operation.name, opt=opt, status_code=200)(handler)
 
 
 def commanding(
-    method: Literal["POST", "PUT"],
+    method: Literal["POST", "PUT", "DELETE"],
     path: str,
     command: type[Command],
     target: str | None = None,
     *,
     listed: bool = False,
+    submit: Submit = submit,
+    query: type[Struct] = NoParameters,
+    answers: dict[int, Any] | None = None,
 ) -> HTTPRouteHandler:
-    """The route that gives one type of command; `target` names the path parameter that is its target."""
-    state = RULES[command.stream_type][1]
-    status = 201 if command.creates else 200
-    answers: dict[int, Any] = {status: (state, list[ItemAnswer]) if listed else state}
-    if listed:
-        answers[200] = list[ItemAnswer]
+    """The route that gives one type of command; `target` names the path parameter that is its target. `answers` are
+    by status what it answers, if that is not the target."""
+    if answers is None:
+        state = RULES[command.stream_type][1]
+        answers = {201 if command.creates else 200: (state, list[ItemAnswer]) if listed else state}
+        if listed:
+            answers[200] = list[ItemAnswer]
     operation = Operation(
         tag=f"{command.stream_type}s",
         name=command.__name__,
         doc=command.__doc__ or "",
+        query=None if query is NoParameters else query,
         headers=CommandHeaders,
         body=command,
         items_max=COMMANDS_MAX if listed else 0,
         sends=SENDS,
         body_required=any(field.required for field in msgspec.structs.fields(command)),
         answers=answers,
-        refusals=REFUSALS,
+        refusals=(*REFUSALS, *OF_APPROVALS) if command.stream_type == "approval" else REFUSALS,
     )
 
-    return Submission(command, target, listed).route(method, path, operation)
+    return Submission(command, target, listed, submit, query).route(method, path, operation)
 
 
 _ANY: Any = reduce(or_, COMMANDS)
+_STATES = tuple(state for _, state in RULES.values())
 
 ANY_COMMAND = Operation(
     tag="commands",
@@ -340,8 +398,8 @@ ANY_COMMAND = Operation(
     body=_ANY,
     items_max=COMMANDS_MAX,
     sends=SENDS,
-    answers={201: (Session, RecordedFact), 200: (Session, RecordedFact, list[ItemAnswer])},
-    refusals=REFUSALS,
+    answers={201: _STATES, 200: (*_STATES, Claims, list[ItemAnswer])},
+    refusals=(*REFUSALS, *OF_APPROVALS),
 )
 
 

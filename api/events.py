@@ -21,8 +21,8 @@ from ledger import store
 from ledger.commands import Moment
 from ledger.entry import canonical, whole
 from ledger.errors import NotFound
-from ledger.events import Actor, Count, Line, Ref, Stamp
 from ledger.store import Stored
+from ledger.values import Actor, Count, Line, Ref, Stamp
 from ledger.vault import Place
 from projections import audit
 

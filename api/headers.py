@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from api.http import Headers, convert
 from ledger.commands import Command, CommandId
 from ledger.errors import MalformedRequest
-from ledger.events import ONE_LINE
+from ledger.values import ONE_LINE
 
 _IF_MATCH = r'^(\*|"[0-9]{1,15}")$(?!\n)'
 

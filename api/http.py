@@ -19,7 +19,9 @@ from msgspec import Struct
 
 from api.auth import Caller, Tokens
 from api.idempotency import Copy
+from api.line import Line
 from api.problems import MEDIA_TYPE, as_error, headers_of, problem
+from api.use_tokens import Signer
 from ledger.committer import Committer
 from ledger.errors import (
     BodyTooLarge,
@@ -58,6 +60,8 @@ class Api(Struct, kw_only=True):
     committer: Committer
     tokens: Tokens
     copy: Copy | None
+    line: Line
+    signer: Signer
     creates_ledgers: bool
     ending: bool = False
     """Whether this process was told to end: then nobody waits any longer for what may come."""
@@ -217,6 +221,12 @@ async def _read_on(message: Any, receive: Receive, limit_bytes: int) -> bytes:
     except TimeoutError:
         detail = f"it did not arrive within {BODY_SECONDS_MAX:.0f} s"
         raise MalformedRequest([{"pointer": "", "detail": detail}]) from None
+
+
+async def gone(receive: Receive) -> None:
+    """Return when the caller has gone away; to be asked for once the body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass  # the end of a body whose last byte was here before it
 
 
 def refuse(error: MunimentError, *, remembered: bool = False) -> Answer:

@@ -16,9 +16,10 @@ from litestar.handlers import HTTPRouteHandler
 
 from api.http import Operation
 from api.problems import Problem
+from api.resources import BESIDE, HIDDEN
 from ledger.commands import Command, CommandId
 from ledger.errors import InternalError, MunimentError
-from ledger.events import Count
+from ledger.values import Count
 
 Json = dict[str, Any]
 
@@ -79,7 +80,7 @@ class _Schemas:
     """The JSON Schemas of every type that the operations name, by name, and how to refer to one."""
 
     def __init__(self, operations: Sequence[Operation]) -> None:
-        self._types: list[Any] = [Problem, *_PATH_TYPES.values()]
+        self._types: list[Any] = [Problem, *_PATH_TYPES.values(), *BESIDE.values()]
         for operation in operations:
             self._types += [t for t in (operation.query, operation.headers, operation.body) if t is not None]
             for answer in operation.answers.values():
@@ -92,7 +93,10 @@ class _Schemas:
             msgspec.json.encode((refs, self.components)).replace(rb"$(?!\\n)", b"$")
         )
         self._refs = refs
-        self.components["Session"] = _session(self.components["Session"])
+        for state, hidden in HIDDEN.items():
+            _hide(self.components[state.__name__], hidden)
+        for state, beside in BESIDE.items():
+            _join(self.components[state.__name__], self.components.pop(beside.__name__))
 
     def ref(self, wanted: Any) -> Json:
         """The schema of a type, or of any one of several."""
@@ -114,12 +118,17 @@ class _Schemas:
             yield parameter
 
 
-def _session(schema: Json) -> Json:
-    """A session as it is shown (`api.resources`): its schema follows its state's."""
-    shown = {k: v for k, v in schema["properties"].items() if not k.startswith("metadata_")}
-    shown |= {"status": shown["state"], "waiting_on": {"type": "array", "items": {"type": "string", "format": "uuid"}}}
-    about = "A session. `status` is `state`; `waiting_on` are the open approvals it waits for."
-    return schema | {"description": about, "properties": shown, "required": sorted(shown)}
+def _hide(schema: Json, names: Sequence[str]) -> None:
+    """Leave out what is in a state and not shown (`api.resources`)."""
+    schema["properties"] = {name: about for name, about in schema["properties"].items() if name not in names}
+    schema["required"] = sorted(schema["properties"])
+    schema["description"] = schema["description"].partition(". ")[0].rstrip(".") + "."
+
+
+def _join(schema: Json, beside: Json) -> None:
+    """Add what is shown beside a state."""
+    schema["properties"] |= beside["properties"]
+    schema["required"] = sorted({*schema["required"], *beside["required"]})
 
 
 def _operation(operation: Operation, path: str, schemas: _Schemas) -> Json:
@@ -153,15 +162,14 @@ def _path_schema(name: str, schemas: _Schemas) -> Json:
 
 
 def _body(operation: Operation, path: str, schemas: _Schemas) -> Json:
-    """What the body may be. Where the route names the command's type the body need not, and a target that
-    is in the path is not in the body."""
+    """What the body may be. Where the route names the command's type the body need not, and what is in the
+    path is not in the body."""
     body = operation.body
     one = schemas.ref(body)
     if isinstance(body, type) and issubclass(body, Command):
         schema = schemas.components[body.__name__]
-        properties = dict(schema["properties"])
-        if f"{{{body.target_field}" in path:
-            del properties[body.target_field]
+        in_path = re.findall(r"{(\w+)", path)
+        properties = {name: about for name, about in schema["properties"].items() if name not in in_path}
         one = schema | {"properties": properties, "required": [name for name in schema["required"] if name != "type"]}
     if not operation.items_max:
         return one

@@ -18,15 +18,15 @@ from api.http import READ, Answer, Call, Operation, convert
 from api.resources import Resource
 from ledger import errors
 from ledger.errors import MalformedRequest, NotFound
-from ledger.events import Count
 from ledger.postgres import Connection
+from ledger.values import Count
 from projections import Freshness, caught_up
 
 PARAMETERS_MAX = 50
 LIMIT_MAX = 200
 WAIT_SECONDS_MAX = 60
-LOOK_SECONDS = 0.02
-"""How often a change that is waited for is looked for."""
+LOOK_SECONDS = 0.25
+"""How often a change that is waited for is looked for; one that is made in this process is known at once."""
 
 REFUSALS = (
     errors.MalformedRequest,
@@ -196,30 +196,41 @@ async def _look(call: Call, view: str) -> Freshness:
 # One thing
 
 Load = Callable[[Connection, Freshness], Awaitable[Resource | None]]
+Beside = Callable[[Connection, Any], Awaitable[dict[str, Any]]]
 
 
-async def single(call: Call, query: Single, view: str, missing: NotFound, load: Load) -> Answer:
-    """The one thing that `load` finds as of a head of the ledger; with If-None-Match, once it has changed
-    or the time is up, which it is as well when the process is to end."""
+async def _nothing(connection: Connection, state: Any) -> dict[str, Any]:
+    return {}
+
+
+async def single(
+    call: Call, query: Single, view: str, missing: NotFound, load: Load, beside: Beside = _nothing
+) -> Answer:
+    """The one thing that `load` finds as of a head of the ledger, and what there is now `beside` it; with
+    If-None-Match, once it has changed or the time is up, which it is as well when the process is to end."""
     loop = asyncio.get_running_loop()
     until = loop.time() + query.wait_seconds
     known = call.headers.get(b"if-none-match")
+    changed: asyncio.Future[None] | None = None
     at = await head(call, query, view)
     while True:
         async with call.connection() as connection:
             state = await load(connection, at)
-        if state is None:
-            raise missing
+            if state is None:
+                raise missing
+            known_beside = await beside(connection, state)
         etag = resources.etag(state)
         headers = [(b"etag", etag), (b"ledger-position", b"%d" % at.head)]
         if known is None or not _matches(known, etag):
-            return Answer(200, await resources.encode(call.api.vault, call.caller.project_id, state), headers)
+            shown = await resources.encode(call.api.vault, call.caller.project_id, state, known_beside)
+            return Answer(200, shown, headers)
         was = at.head
-        while at.head == was:
+        while changed is None or at.head == was:
             if loop.time() >= until or call.api.ending:
                 return Answer(304, b"", headers)
-            # All who wait look at the same ticks, so that one query serves them all.
-            await asyncio.sleep(LOOK_SECONDS - loop.time() % LOOK_SECONDS)
+            if changed is not None:
+                await asyncio.wait([changed], timeout=min(LOOK_SECONDS, until - loop.time()))
+            changed = call.api.committer.watch.changed(resources.identity(state))
             at = await _look(call, view)
 
 

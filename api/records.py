@@ -11,8 +11,8 @@ from api.http import Answer, Call, encode
 from api.reading import Listing, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
 from ledger.commands import Kind, Moment, Record
 from ledger.errors import NotFound
-from ledger.events import Line
 from ledger.record import RecordedFact
+from ledger.values import Line
 from projections import records
 
 

@@ -1,74 +1,251 @@
 """A state as the resource that callers see: its body, its address, its ETag, its personal values.
 
-The body of a session and of a record is a pure function of the state, here and nowhere else, so that an
-answer, a replay of it, a read from a view and a read from the stream cannot differ. Sealed values are
-opened last, and only for a caller who may read them.
+The body is a pure function of the state, here and nowhere else, so that an answer, a replay of it, a read from
+a view and a read from the stream cannot differ. Sealed values are opened last, and only for a caller who may
+read them.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
 import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
 
+from ledger.approval import Approval, due
 from ledger.record import RecordedFact
-from ledger.session import Session
+from ledger.session import Session, State
+from ledger.task import Task
+from ledger.values import Principal, Stamp, moment
 from ledger.vault import Place, Vault
+from projections.approvals import END_OF_TIME
+from projections.tasks import Attempt
 
-Resource: TypeAlias = Session | RecordedFact
+Resource: TypeAlias = Session | RecordedFact | Task | Approval
 
 SEALED = b'"$sealed"'
-ADDRESS: dict[type[Any], bytes] = {Session: b"/sessions", RecordedFact: b"/records"}
 
 _encode = msgspec.json.Encoder().encode
+
+
+class Origin(NamedTuple):
+    """Where the value of a field was sealed: which two fields name the event (id, version), and the path in it."""
+
+    event_id: str
+    version: str
+    path: str
+
+
+class Form(NamedTuple):
+    """How a state is shown: at which address, by which id; which of its fields may hold sealed values; and which
+    are not shown."""
+
+    address: bytes
+    id: str
+    sealed: dict[str, Origin]
+    hidden: tuple[str, ...] = ()
+
+
+FORMS: dict[type[Any], Form] = {
+    Session: Form(
+        b"/sessions",
+        "session_id",
+        {"metadata": Origin("metadata_event_id", "metadata_version", "/data/metadata")},
+        hidden=("metadata_event_id", "metadata_version"),
+    ),
+    RecordedFact: Form(b"/records", "record_id", {"body": Origin("event_id", "version", "/data/body")}),
+    Task: Form(
+        b"/tasks",
+        "task_id",
+        {
+            "payload": Origin("payload_event_id", "payload_version", "/data/payload"),
+            "result": Origin("result_event_id", "result_version", "/data/result"),
+        },
+        hidden=("payload_event_id", "payload_version", "result_event_id", "result_version"),
+    ),
+    Approval: Form(
+        b"/approvals",
+        "approval_id",
+        {
+            "action": Origin("request_event_id", "request_version", "/data/action"),
+            "summary": Origin("request_event_id", "request_version", "/data/summary"),
+            "salts": Origin("request_event_id", "request_version", "/data/salts"),
+            "reason": Origin("request_event_id", "request_version", "/reason"),
+        },
+        hidden=("request_event_id", "request_version", "root", "match"),
+    ),
+}
+HIDDEN = {state: form.hidden for state, form in FORMS.items()} | {Attempt: ("error_event_id", "error_version")}
+
+
+# What is shown beside a state
+
+
+class OfSession(Struct, kw_only=True):
+    status: State
+    waiting_on: Annotated[
+        list[UUID], Meta(description="The approvals that it waits for, where it is read; not of its version.")
+    ]
+
+
+class Electorate(Struct, frozen=True, kw_only=True):
+    """Who may still vote: one of `roles`, but none of `excluded`, who have voted, or whom it was asked for."""
+
+    roles: tuple[str, ...]
+    excluded: list[Principal]
+
+
+class Consequence(Struct, frozen=True, kw_only=True):
+    """What follows a decision by which nothing runs. A task that waits for it goes on, and is told `decision`."""
+
+    decision: Literal["denied", "expired"]
+    resumes_task_id: UUID | None
+    detail: str
+
+
+class OfApproval(Struct, kw_only=True, omit_defaults=True):
+    seconds_left: (
+        Annotated[int, Meta(ge=0, description="To decide it, to use it, or to tell what came of that; by `state`.")]
+        | None
+    )
+    may_still_vote: Electorate | None
+    on_deny: Consequence | None
+    on_expiry: Consequence | None
+    use_token: (
+        Annotated[str, Meta(description="Shows that the use has begun: to the one who began it, in that answer.")]
+        | UnsetType
+    ) = UNSET
+
+
+BESIDE: dict[type[Any], type[Struct]] = {Session: OfSession, Approval: OfApproval}
+"""By state: what is shown of it that is no field of it."""
+
+
+class ClaimedTask(Struct, frozen=True, kw_only=True):
+    """A task as it is handed to a worker. Where it was resumed, `decision` is what became of `approval_id`."""
+
+    task_id: UUID
+    kind: str
+    payload: Any
+    attempt: int
+    lease_id: UUID
+    lease_until: Stamp
+    session_id: UUID | None
+    approval_id: UUID | None
+    decision: str | None
+
+
+class Claims(Struct, frozen=True, kw_only=True):
+    """What was claimed, in the order in which it was offered; nothing, if nothing was to be had."""
+
+    tasks: list[ClaimedTask]
 
 
 def body(state: Resource) -> dict[str, Any]:
     """What is shown of `state`, personal values still sealed."""
     shown = msgspec.structs.asdict(state)
+    for name in HIDDEN[type(state)]:
+        del shown[name]
     if isinstance(state, Session):
-        del shown["metadata_event_id"], shown["metadata_version"]
         shown["status"] = state.state
         shown["waiting_on"] = []
+    elif isinstance(state, Approval):
+        shown |= _of_approval(state)
     return shown
 
 
+def _of_approval(approval: Approval) -> dict[str, Any]:
+    pending = approval.state == "pending"
+    return {
+        "votes": [msgspec.structs.asdict(vote) for vote in approval.votes],
+        "seconds_left": seconds_left(approval, moment(approval.updated_at)),
+        "may_still_vote": _electorate(approval) if pending and not approval.imported else None,
+        "on_deny": _consequence(approval, "denied") if pending else None,
+        "on_expiry": _consequence(approval, "expired") if pending and not approval.imported else None,
+    }
+
+
+def seconds_left(approval: Approval, at: datetime | None = None) -> int | None:
+    """What is left at a moment, now by default, of the time that runs for it; None where none does."""
+    ends = due(approval, END_OF_TIME)
+    if ends is None:
+        return None
+    return max(0, int((moment(ends.deadline) - (at or datetime.now(UTC))).total_seconds()))
+
+
+def _electorate(approval: Approval) -> Electorate:
+    """As the rules have it (`ledger.approval`)."""
+    excluded = [approval.requester, *approval.on_behalf_of, *(vote.voter for vote in approval.votes)]
+    if approval.edited_by is not None and approval.quorum.approve > 1:
+        excluded.append(approval.edited_by)
+    return Electorate(roles=approval.quorum.roles, excluded=list(dict.fromkeys(excluded)))
+
+
+def _consequence(approval: Approval, decision: Literal["denied", "expired"]) -> Consequence:
+    detail = f"The action does not run, and the agent reads `{decision}`."
+    if approval.task_id is not None:
+        detail += f" If its task waits for this, it goes on and is told the decision `{decision}`."
+    return Consequence(decision=decision, resumes_task_id=approval.task_id, detail=detail)
+
+
+def claimed(task: Task) -> dict[str, Any]:
+    """What a worker is told of the task it claimed, personal values still sealed."""
+    return {name: getattr(task, name) for name in ClaimedTask.__struct_fields__}
+
+
 def identity(state: Resource) -> UUID:
-    return state.session_id if isinstance(state, Session) else state.record_id
+    named: UUID = getattr(state, FORMS[type(state)].id)
+    return named
 
 
 def location(state: Resource) -> bytes:
-    return b"%b/%b" % (ADDRESS[type(state)], str(identity(state)).encode())
+    return b"%b/%b" % (FORMS[type(state)].address, str(identity(state)).encode())
 
 
 def etag(state: Resource) -> bytes:
     return b'"%d"' % state.version
 
 
-def _sealed_field(project_id: str, state: Resource) -> tuple[str, Place]:
-    """The one field that may hold personal values, and the place they were sealed for."""
-    if isinstance(state, Session):
-        place = Place(project_id, state.session_id, state.metadata_version, state.metadata_event_id, "/data/metadata")
-        return "metadata", place
-    return "body", Place(project_id, state.record_id, 1, state.event_id, "/data/body")
-
-
-async def encode(vault: Vault, project_id: str, state: Resource) -> bytes:
-    """The body of `state` as JSON, readable."""
-    encoded = _encode(body(state))
+async def encode(
+    vault: Vault, project_id: str, state: Resource | tuple[Task, ...], beside: dict[str, Any] | None = None
+) -> bytes:
+    """The body of `state`, or of what was claimed, as JSON, readable; with what is known `beside` the state."""
+    if isinstance(state, tuple):
+        return _encode({"tasks": await reveal(vault, project_id, state, claimed)})
+    shown = body(state)
+    if beside:
+        shown |= beside
+    encoded = _encode(shown)
     if SEALED not in encoded:
         return encoded
-    return _encode((await reveal(vault, project_id, [state]))[0])
+    await unseal(vault, project_id, list(_places(project_id, state, shown)))
+    return _encode(shown)
 
 
-async def reveal(vault: Vault, project_id: str, states: Sequence[Resource]) -> list[dict[str, Any]]:
+async def reveal(
+    vault: Vault, project_id: str, states: Sequence[Resource], form: Callable[[Any], dict[str, Any]] = body
+) -> list[dict[str, Any]]:
     """The bodies of `states`, readable; all keys in one go. Raises BrokenSeal."""
-    shown = [body(state) for state in states]
-    if SEALED not in _encode(shown):
-        return shown
-    fields = [_sealed_field(project_id, state) for state in states]
-    sealed = [(item[name], place) for item, (name, place) in zip(shown, fields, strict=True)]
-    opened = await vault.unseal_all(project_id, sealed)
-    for item, (name, _), value in zip(shown, fields, opened, strict=True):
-        item[name] = value
+    shown = [form(state) for state in states]
+    places = [place for item, state in zip(shown, states, strict=True) for place in _places(project_id, state, item)]
+    await unseal(vault, project_id, places)
     return shown
+
+
+def _places(project_id: str, state: Resource, shown: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Place]]:
+    """The fields of `shown` that may be sealed, and what for."""
+    for name, (event, version, path) in FORMS[type(state)].sealed.items():
+        if name in shown and (event_id := getattr(state, event)) is not None:
+            yield shown, name, Place(project_id, identity(state), getattr(state, version), event_id, path)
+    if isinstance(state, Approval):
+        for item, vote in zip(shown["votes"], state.votes, strict=True):
+            yield item, "reason", Place(project_id, state.approval_id, vote.version, vote.event_id, "/data/reason")
+
+
+async def unseal(vault: Vault, project_id: str, places: Sequence[tuple[dict[str, Any], str, Place]]) -> None:
+    """Have these fields of these items readable, each sealed for its place. Raises BrokenSeal."""
+    sealed = [(item, name, place) for item, name, place in places if SEALED in _encode(item[name])]
+    opened = await vault.unseal_all(project_id, [(item[name], place) for item, name, place in sealed]) if sealed else []
+    for (item, name, _), value in zip(sealed, opened, strict=True):
+        item[name] = value

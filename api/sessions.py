@@ -1,6 +1,6 @@
 """Sessions over HTTP."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -13,10 +13,10 @@ from api.reading import LIMIT_MAX, Fresh, Single, SingleHeaders, fresh, given, o
 from ledger import store
 from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Moment, OpenSession, Status
 from ledger.errors import MalformedRequest, NotFound
-from ledger.events import Line
 from ledger.postgres import Connection
 from ledger.replay import fold
 from ledger.session import Session
+from ledger.values import Line
 from projections import Freshness, audit, sessions
 
 
@@ -81,8 +81,14 @@ async def list_sessions(call: Call, query: SessionQuery) -> Answer:
             offset=(query.page - 1) * page_size,
             after=or_none(query.after),
         )
+        waited_on = await store.read_waited_on(
+            connection, call.ledger_id, [session.session_id for session in page.sessions]
+        )
+    sessions_shown = await resources.reveal(call.api.vault, call.caller.project_id, page.sessions)
+    for item, session in zip(sessions_shown, page.sessions, strict=True):
+        item["waiting_on"] = waited_on.get(session.session_id, [])
     shown = {
-        "sessions": await resources.reveal(call.api.vault, call.caller.project_id, page.sessions),
+        "sessions": sessions_shown,
         "total": page.total,
         "total_is_exact": page.total_is_exact,
         "page": query.page,
@@ -114,11 +120,16 @@ async def replay(connection: Connection, ledger_id: UUID, session_id: UUID) -> S
     sends=("Ledger-Position", "ETag"),
 )
 async def get_session(call: Call, query: Single) -> Answer:
-    """One session, as it is now."""
+    """One session, as it is now; with the approvals that it waits on, which are not of its version."""
     ledger_id, session_id = call.ledger_id, call.path_id("session_id", "session")
     assert ledger_id is not None
+
+    async def waiting_on(connection: Connection, session: Session) -> dict[str, Any]:
+        waited_on = await store.read_waited_on(connection, ledger_id, [session_id])
+        return {"waiting_on": waited_on.get(session_id, [])}
+
     missing = NotFound(what="session", id=session_id)
-    return await single(call, query, "sessions", missing, lambda c, at: load(c, ledger_id, session_id, at))
+    return await single(call, query, "sessions", missing, lambda c, at: load(c, ledger_id, session_id, at), waiting_on)
 
 
 @reading(

@@ -17,6 +17,7 @@ import psycopg
 from cyclopts import App, Parameter
 
 from api.auth import LIFETIME_SECONDS, Kind, development_token
+from api.use_tokens import Signer
 from ledger import store
 from ledger.commands import ProjectId
 from ledger.embedded import running_database
@@ -31,7 +32,7 @@ project = App(name="project", help="Create and list projects: each is a ledger o
 
 @project.command(name="create")
 async def create(name: str, /) -> None:
-    """Create a project's ledger and its key file, unless they are there.
+    """Create a project's ledger and its key file, and the one that signs use tokens, unless they are there.
 
     Uses the database at DATABASE_URL, else the one in MUNIMENT_HOME. In development a project's first
     command does the same.
@@ -50,6 +51,7 @@ async def create(name: str, /) -> None:
         # The key first: a ledger without its key could not take a command. Dying between the two leaves a
         # key that nothing depends on yet, and the next create takes it.
         await Vault(settings.keys_dir, pool, create_keys=True).open(name)
+        await Signer(settings.keys_dir, pool, create_key=True).open()
         async with pool.connection() as connection:
             known = await store.find_ledger(connection, name)
             ledger = known or await store.create_ledger(connection, name)

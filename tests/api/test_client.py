@@ -14,9 +14,11 @@ import httpx
 import msgspec
 import pytest
 
-from api.client import BATCH_BYTES_MAX, Answer, Client, Problem, error_of
+from api.auth import development_token
+from api.client import BATCH_BYTES_MAX, Answer, Client
 from api.problems import problem
-from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Record
+from api.wire import Problem, error_of
+from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Record, Start
 from ledger.embedded import EmbeddedServer
 from ledger.errors import (
     ERRORS,
@@ -31,6 +33,7 @@ from ledger.errors import (
     Unauthenticated,
     ViewBehind,
 )
+from ledger.values import Quorum
 from tests.check import of_type
 from tests.conftest import database_of
 from tests.server import Server, history, new_project, shared_server
@@ -138,6 +141,72 @@ def test_what_no_error_of_ours_says_is_a_readable_problem() -> None:
     assert (
         str(error_of(502, httpx.Response(502, text="<h1>Bad gateway</h1>"))) == "502 Bad Gateway: <h1>Bad gateway</h1>"
     )
+
+
+async def test_every_command_of_tasks_and_approvals_has_its_call(client: Client, server: Server, project: str) -> None:
+    people = [
+        development_token(server.keys_dir, project=project, subject=name, kind="human", roles=["approver", "operator"])
+        for name in ("ann", "bo")
+    ]
+    action = {"tool": "refund", "arguments": {"amount": "12.50"}}
+    async with Client(client.url, people[0]) as ann, Client(client.url, people[1]) as bo:
+        routed = UUID((await client.route_task("finance", "refund", max_attempts=1)).body["task_id"])
+        (task,) = await client.claim_tasks("w", kinds=("finance.refund",))
+        lease_id = UUID(task["lease_id"])
+        await client.heartbeat(routed, lease_id, lease_seconds=90)
+        asked = (await client.request_approval(action, task_id=routed, quorum=Quorum(approve=2))).body
+        approval_id, digest = UUID(asked["approval_id"]), asked["request_digest"]
+        assert (await client.suspend_task(routed, lease_id, approval_id)).body["state"] == "waiting"
+        decided = asyncio.create_task(client.wait_for_decision(approval_id))
+        await ann.present(approval_id, "web")
+        await ann.vote(approval_id, "approve", digest, reason="looks right")
+        await ann.withdraw_vote(approval_id)
+        await ann.vote(approval_id, "approve", digest)
+        await bo.vote(approval_id, "approve", digest)
+        assert (await decided)["state"] == "approved"
+        execution_id = uuid4()
+        begun = await client.begin_use(approval_id, execution_id, action, audience="gateway")
+        assert begun.body["use_token"]
+        used = await client.record_outcome(approval_id, execution_id, "ok", result={"id": 9})
+        assert used.body["state"] == "executed"
+        (task,) = await client.claim_tasks("w", kinds=("finance.refund",))
+        assert task["decision"] == "approved"
+        assert (await client.fail_task(routed, UUID(task["lease_id"]), "no")).body["state"] == "dead"
+        assert [attempt["outcome"] for attempt in await client.list_attempts(routed)] == ["suspended", "failed"]
+        assert (await ann.redrive_task(routed, "mended")).body["state"] == "queued"
+        assert (await client.cancel_task(routed)).body["state"] == "cancelled"
+        started = (await client.submit_task("a.b", start=Start(worker="w"))).body
+        done = await client.complete_task(UUID(started["task_id"]), UUID(started["lease_id"]), [1])
+        assert (await client.wait_for_task(UUID(started["task_id"])))["result"] == done.body["result"] == [1]
+
+        withdrawn, cancelled, revoked, edited = [
+            UUID((await client.request_approval({"tool": "t"}, call_key=str(n))).body["approval_id"]) for n in range(4)
+        ]
+        assert (await client.withdraw(withdrawn)).body["state"] == "withdrawn"
+        assert (await ann.cancel_approval(cancelled)).body["state"] == "cancelled"
+        digest = (await client.get_approval(revoked))["request_digest"]
+        await ann.vote(revoked, "approve", digest)
+        assert (await ann.revoke(revoked)).body["state"] == "revoked"
+        later = asyncio.create_task(client.wait_for_decision(edited))
+        superseded = (await ann.edit(edited, {"tool": "u"})).body
+        instead = UUID(superseded["superseded_by"])
+        await bo.vote(instead, "deny", (await client.get_approval(instead))["request_digest"])
+        assert ((await later)["approval_id"], (await later)["state"]) == (str(instead), "denied")
+    with pytest.raises(TimeoutError):
+        await client.wait_for_decision(
+            (await client.request_approval({"tool": "t"})).body["approval_id"], timeout_seconds=0.2
+        )
+    assert [one["state"] async for one in client.list_approvals(order="asc")] == [
+        "executed",
+        "withdrawn",
+        "cancelled",
+        "revoked",
+        "superseded",
+        "denied",
+        "pending",
+    ]
+    assert [one["state"] async for one in client.list_tasks(order="asc")] == ["cancelled", "completed"]
+    assert [one async for one in client.list_dead_letters()] == []
 
 
 # Many commands

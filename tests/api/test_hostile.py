@@ -302,8 +302,8 @@ def test_json_by_any_of_its_names_is_read(server: Server, stated: str) -> None:
     [
         "/nothing",
         "/sessions/../../etc/passwd",
-        "/tasks",
-        "/approvals",
+        "/holds",
+        "/tasks/x/lease",
         "/events/stream",
         "/docs/VENDOR.txt",
         "/docs/%2e%2e",

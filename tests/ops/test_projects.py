@@ -17,8 +17,8 @@ from ledger.commands import OpenSession
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.errors import UnknownProject
-from ledger.events import Actor
 from ledger.postgres import open_pool
+from ledger.values import Actor
 from ledger.vault import Vault
 from tests.conftest import Database, database_of
 
@@ -50,6 +50,7 @@ def test_a_project_is_created_once_with_its_key(muniment: Run, database: Databas
     key = tmp_path / "keys" / "acme.key"
     secret = key.read_bytes()
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert sorted(file.name for file in key.parent.iterdir()) == ["acme.key", "use-tokens.secret"]
     again = muniment("project", "create", "acme")
     assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0].replace("is created", "exists already")
     assert key.read_bytes() == secret

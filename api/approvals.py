@@ -1,0 +1,183 @@
+"""Approvals over HTTP: asking, deciding, using what was approved; reading all that, and the keys of use tokens."""
+
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+from litestar import Request, route
+from litestar.types import Receive
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from api import resources
+from api.commands import Asking, commanding, submit
+from api.headers import agree
+from api.http import READ, Answer, Call, Operation, encode
+from api.reading import Listing, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
+from api.use_tokens import KeySet
+from ledger import errors, store
+from ledger.approval_state import Approval, State
+from ledger.commands import (
+    BeginUse,
+    CancelApproval,
+    CastVote,
+    EditApproval,
+    Moment,
+    PresentApproval,
+    Receipt,
+    RecordOutcome,
+    RequestApproval,
+    RevokeApproval,
+    WithdrawApproval,
+    WithdrawVote,
+)
+from ledger.errors import NotFound
+from ledger.postgres import Connection
+from ledger.replay import fold
+from ledger.values import Line, Risk
+from projections import Freshness, approvals
+
+ONE = "/approvals/{approval_id:str}"
+
+# Using
+
+
+class UseOutcome(RecordOutcome, kw_only=True, tag="RecordOutcome"):
+    """Say what came of an execution.
+
+    After its time it is added to the record, and changes no state."""
+
+    execution_id: UUID | UnsetType = UNSET  # type: ignore[assignment]
+
+
+async def _record_outcome(call: Call, asking: Asking, receive: Receive) -> Receipt:
+    agree(asking.command, "execution_id", call.path_id("execution_id", "execution"), "the path")
+    command = RecordOutcome(**msgspec.structs.asdict(asking.command))
+    return await submit(call, asking._replace(command=command), receive)
+
+
+KEYS = Operation(
+    tag="approvals",
+    name="get_keys",
+    doc="""The keys that use tokens are checked with (RFC 7517).
+
+    A use token is a JWT of the type `muniment-use+jwt`; `jti` is the id of the execution that it is for.""",
+    answers={200: {"application/jwk-set+json": KeySet}},
+    refusals=(errors.StoreUnavailable,),
+    open=True,
+)
+
+
+@route("/.well-known/jwks.json", http_method=READ, name=KEYS.name, opt={"operation": KEYS})
+async def get_keys(request: Request[Any, Any, Any]) -> Answer:
+    return await Call(request.scope).answer(_keys)
+
+
+async def _keys(call: Call) -> Answer:
+    caching = [(b"cache-control", b"public, max-age=300")]
+    return Answer(200, encode(await call.api.signer.keys()), caching, b"application/jwk-set+json")
+
+
+# Reading
+
+
+class ApprovalQuery(Listing, kw_only=True, forbid_unknown_fields=True):
+    """Which approvals, and which part of the list."""
+
+    state: State | UnsetType = UNSET
+    session_id: UUID | UnsetType = UNSET
+    task_id: UUID | UnsetType = UNSET
+    tool: Annotated[Line, Meta(description="The tool of the action.")] | UnsetType = UNSET
+    risk: Risk | UnsetType = UNSET
+    role: Annotated[Line, Meta(description="One of those that may decide it; of what is pending.")] | UnsetType = UNSET
+    requester: Annotated[Line, Meta(description="`sub` or `issuer#sub`.")] | UnsetType = UNSET
+    expires_before: Moment | UnsetType = UNSET
+    order: Annotated[
+        approvals.Order,
+        Meta(description="As they were requested; or of those that are pending the riskiest, or most urgent, first."),
+    ] = "desc"
+
+
+class ApprovalPage(Struct, kw_only=True):
+    """A part of a list of approvals; `next` leads on."""
+
+    approvals: list[Approval]
+    next: str | None
+
+
+async def _no_approvals(call: Call, query: ApprovalQuery) -> Answer:
+    return Answer(200, encode({"approvals": [], "next": None}))
+
+
+@reading(
+    "/approvals",
+    tag="approvals",
+    query=ApprovalQuery,
+    answers={200: ApprovalPage},
+    sends=("Ledger-Position", "View-Behind"),
+    empty=_no_approvals,
+)
+async def list_approvals(call: Call, query: ApprovalQuery) -> Answer:
+    """Approvals, the last requested first unless `order` says otherwise."""
+    at = await fresh(call, "approvals", query)
+    async with call.connection() as connection:
+        assert call.ledger_id is not None
+        page = await approvals.search(
+            connection,
+            call.ledger_id,
+            given(query, approvals.Filter),
+            limit=query.limit,
+            after=or_none(query.after),
+            order=query.order,
+        )
+    shown = await resources.reveal(call.api.vault, call.caller.project_id, page.approvals)
+    for item, approval in zip(shown, page.approvals, strict=True):
+        item["seconds_left"] = resources.seconds_left(approval)
+    answer = {"approvals": shown, "next": None if page.next is None else str(page.next)}
+    return Answer(200, encode(answer), seen(at))
+
+
+async def _load(connection: Connection, ledger_id: UUID, approval_id: UUID, at: Freshness) -> Approval | None:
+    """The approval as of `at`: from the view if it is there already, else from its stream."""
+    if not at.behind:
+        return await approvals.get(connection, ledger_id, approval_id)
+    state = fold(await store.read_streams(connection, ledger_id, [approval_id]))
+    return state if isinstance(state, Approval) else None
+
+
+@reading(
+    ONE,
+    tag="approvals",
+    query=Single,
+    headers=SingleHeaders,
+    answers={200: Approval, 304: None},
+    sends=("Ledger-Position", "ETag"),
+)
+async def get_approval(call: Call, query: Single) -> Answer:
+    """One approval, as it is now.
+
+    Who waits for the decision asks with If-None-Match and `wait_seconds`, and is answered as soon as it changes."""
+    ledger_id, approval_id = call.ledger_id, call.path_id("approval_id", "approval")
+    assert ledger_id is not None
+
+    async def beside(_: Connection, approval: Approval) -> dict[str, Any]:
+        return {"seconds_left": resources.seconds_left(approval)}
+
+    missing = NotFound(what="approval", id=approval_id)
+    return await single(call, query, "approvals", missing, lambda c, at: _load(c, ledger_id, approval_id, at), beside)
+
+
+ROUTES = [
+    commanding("POST", "/approvals", RequestApproval, answers={201: Approval, 200: Approval}),
+    list_approvals,
+    get_approval,
+    commanding("POST", f"{ONE}/presentations", PresentApproval, "approval_id"),
+    commanding("POST", f"{ONE}/votes", CastVote, "approval_id"),
+    commanding("DELETE", f"{ONE}/votes/mine", WithdrawVote, "approval_id"),
+    commanding("POST", f"{ONE}/edit", EditApproval, "approval_id"),
+    commanding("POST", f"{ONE}/withdraw", WithdrawApproval, "approval_id"),
+    commanding("POST", f"{ONE}/cancel", CancelApproval, "approval_id"),
+    commanding("POST", f"{ONE}/revoke", RevokeApproval, "approval_id"),
+    commanding("POST", f"{ONE}/uses", BeginUse, "approval_id"),
+    commanding("POST", f"{ONE}/uses/{{execution_id:str}}/outcome", UseOutcome, "approval_id", submit=_record_outcome),
+    get_keys,
+]
