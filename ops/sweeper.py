@@ -1,7 +1,8 @@
 """The sweeper: gives the commands that are due because time ran out.
 
-It finds what is due in a view and leaves every decision to the ledger: a command that comes too late, or twice,
-changes nothing. Nothing waits for it to be right; a command applies due expiry by itself.
+It finds what is due in views and in the queue, and leaves every decision to the ledger: a command that comes too
+early, too late or twice changes nothing. Nothing waits for it to be right; a command applies due expiry by itself.
+Only a lease that nobody renewed is given up by nothing else.
 """
 
 import asyncio
@@ -11,45 +12,66 @@ from collections.abc import Sequence
 import psycopg
 from psycopg_pool import PoolTimeout
 
-from ledger.batch import expiry_command_id
-from ledger.commands import ExpireSession
+from ledger import store
 from ledger.committer import Committer
-from ledger.events import SYSTEM
-from ledger.postgres import Pool
-from projections import sessions
+from ledger.postgres import Connection, Pool
+from ledger.system import Due, ExpireSession, ExpireTask, LoseAttempt, QueueTask
+from ledger.values import SYSTEM, stamp
+from projections import approvals, sessions
+from projections.approvals import Overdue
 
 log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 1.0
-SWEEP_SESSIONS_MAX = 500
+SWEEP_MAX = 500
+"""Of each kind in one sweep."""
+
 MORE_SECONDS = 0.1
-"""Between two sweeps where one was not enough: meanwhile the view learns what was done."""
+"""Between two sweeps where one was not enough: meanwhile the views learn what was done."""
 
 
 async def sweep_for_ever(pool: Pool, committer: Committer) -> None:
-    """Every second expire what is due. Without a database, wait for one. Ends when cancelled."""
+    """Every second see to what is due. Without a database, wait for one. Ends when cancelled."""
     failing: dict[str, str] = {}
     while True:
-        due: list[sessions.Due] = []
+        due: list[Overdue] = []
         try:
             async with pool.connection() as connection:
-                due = await sessions.due(connection, SWEEP_SESSIONS_MAX)
-            failures = await expire(committer, due)
+                due = await overdue(connection)
+            failures = await sweep(committer, due)
         except (psycopg.Error, PoolTimeout) as error:
             failures = {"every project": f"what is due cannot be read: {error}"}
         for project_id, why in failures.items():
             if failing.get(project_id) != why:
-                log.warning("Sessions of %s could not be expired, and will be tried again: %s", project_id, why)
+                log.warning("What is due in %s could not be done, and will be tried again: %s", project_id, why)
         failing = failures
-        await asyncio.sleep(MORE_SECONDS if len(due) == SWEEP_SESSIONS_MAX and not failures else SWEEP_SECONDS)
+        await asyncio.sleep(MORE_SECONDS if len(due) >= SWEEP_MAX and not failures else SWEEP_SECONDS)
 
 
-async def expire(committer: Committer, due: Sequence[sessions.Due]) -> dict[str, str]:
-    """Have these sessions expired; answers, by project, why some could not be.
+async def overdue(connection: Connection) -> list[Overdue]:
+    """What is due in any project: sessions and approvals by their views, tasks by the queue."""
+    found = [
+        Overdue(one.project_id, ExpireSession(session_id=one.session_id, deadline=one.deadline))
+        for one in await sessions.due(connection, SWEEP_MAX)
+    ]
+    found += [Overdue(one.project_id, _of_task(one)) for one in await store.due_tasks(connection, SWEEP_MAX)]
+    return found + await approvals.due(connection, SWEEP_MAX)
+
+
+def _of_task(due: store.DueTask) -> Due:
+    deadline = stamp(due.deadline)
+    if due.lease_id is not None:
+        return LoseAttempt(task_id=due.task_id, deadline=deadline, lease_id=due.lease_id)
+    kind = QueueTask if due.verb == "queue" else ExpireTask
+    return kind(task_id=due.task_id, deadline=deadline)
+
+
+async def sweep(committer: Committer, due: Sequence[Overdue]) -> dict[str, str]:
+    """Have all of it done; answers, by project, why some could not be.
 
     All at once: what concerns one ledger is committed in few batches, and one ledger's trouble is not another's.
     """
-    answers = await asyncio.gather(*(_expire(committer, one) for one in due), return_exceptions=True)
+    answers = await asyncio.gather(*(_submit(committer, one) for one in due), return_exceptions=True)
     failures: dict[str, str] = {}
     for one, answer in zip(due, answers, strict=True):
         if isinstance(answer, Exception):
@@ -57,7 +79,6 @@ async def expire(committer: Committer, due: Sequence[sessions.Due]) -> dict[str,
     return failures
 
 
-async def _expire(committer: Committer, due: sessions.Due) -> None:
-    command = ExpireSession(session_id=due.session_id, deadline=due.deadline)
-    command.command_id = expiry_command_id(command)
-    await committer.submit(due.project_id, command, SYSTEM)
+async def _submit(committer: Committer, due: Overdue) -> None:
+    due.command.command_id = due.command.due_id
+    await committer.submit(due.project_id, due.command, SYSTEM)

@@ -1,12 +1,14 @@
 """Workers as processes: one runner a job, another when it dies, and everything that is due done once."""
 
 import asyncio
+import copy
 import os
 import random
 import signal
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,16 +17,29 @@ from typing import IO, Any
 import pytest
 from uuid_utils.compat import uuid7
 
-from ledger.commands import OpenSession, Receipt, Record
+from ledger.commands import (
+    BeginUse,
+    CastVote,
+    Command,
+    FailTask,
+    OpenSession,
+    Receipt,
+    Record,
+    RequestApproval,
+    Start,
+    SubmitTask,
+)
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
-from ledger.events import SYSTEM, Actor
 from ledger.postgres import Pool, open_pool
 from ledger.session import Session
+from ledger.system import ExpireSession
+from ledger.values import SYSTEM, Action, Actor
 from ledger.vault import Vault
 from ops.lease import LEASE_SECONDS, run_alone
-from ops.sweeper import expire
-from projections import audit, caught_up, sessions
+from ops.sweeper import overdue, sweep
+from projections import VIEWS, Projector, audit, caught_up, sessions
+from projections.approvals import Overdue
 from tests.check import check_ledger, of_type, states
 from tests.conftest import Database, database_of
 
@@ -150,63 +165,131 @@ async def test_what_a_job_raises_ends_it_and_leaves_the_lease(pool: Pool) -> Non
     assert await holders(pool) == {}
 
 
-async def test_sessions_expire_by_themselves_and_once(
+NUMBER = 12
+ANA = Actor(issuer="https://id.example", sub="ana", kind="human", assurance="authenticated", roles=("approver",))
+
+
+def _soon(seconds: float) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+async def make_everything_due(committer: Committer) -> dict[str, int]:
+    """Of each kind of time some that have run out 2 seconds from now, and some that have not; answers with how many
+    events of each type the end of those times is."""
+    soon = _soon(2)
+    action = Action(tool="refund")
+    opened = [OpenSession(agent_role="x", expires_at=soon) for _ in range(NUMBER)]
+    await committer.submit_all("demo", [*opened, OpenSession(agent_role="later")], AGENT)
+    submitted: list[Command] = [
+        *(SubmitTask(kind="lost", backoff_seconds=0, start=Start(worker="w", lease_seconds=1)) for _ in range(NUMBER)),
+        *(SubmitTask(kind="late", deadline_at=soon) for _ in range(NUMBER)),
+        SubmitTask(kind="later"),
+    ]
+    await committer.submit_all("demo", submitted, AGENT)
+    fails = [SubmitTask(kind="failed", backoff_seconds=1, start=Start(worker="w")) for _ in range(NUMBER)]
+    tasks = [receipt.state for receipt in await taken(committer, fails)]
+    await taken(committer, [FailTask(task_id=task.task_id, lease_id=task.lease_id) for task in tasks])
+    asks = [RequestApproval(action=action, expires_at=soon) for _ in range(NUMBER)]
+    grants = [RequestApproval(action=action, valid_for_seconds=1) for _ in range(NUMBER)]
+    uses = [RequestApproval(action=action, outcome_within_seconds=1) for _ in range(NUMBER)]
+    await taken(committer, [*asks, RequestApproval(action=action)])
+    asked = [receipt.state for receipt in await taken(committer, [*grants, *uses])]
+    votes = [CastVote(approval_id=a.approval_id, verdict="approve", digest_seen=a.request_digest) for a in asked]
+    await taken(committer, votes, ANA)
+    begun = [BeginUse(approval_id=a.approval_id, execution_id=uuid7(), action=action) for a in asked[NUMBER:]]
+    await taken(committer, begun)
+    return {
+        "SessionExpired": NUMBER,
+        "AttemptLost": NUMBER,
+        "TaskQueued": 2 * NUMBER,  # the failed ones, and the lost ones a moment later
+        "TaskExpired": NUMBER,
+        "ApprovalExpired": NUMBER,
+        "ApprovalLapsed": NUMBER,
+        "ApprovalOutcomeUnknown": NUMBER,
+    }
+
+
+async def taken(committer: Committer, commands: Sequence[Command], by: Actor = AGENT) -> list[Receipt]:
+    receipts = [receipt for receipt in await committer.submit_all("demo", commands, by) if isinstance(receipt, Receipt)]
+    assert len(receipts) == len(commands)
+    assert {receipt.refusal for receipt in receipts} == {None}
+    return receipts
+
+
+async def ended(pool: Pool, expected: dict[str, int]) -> bool:
+    """Whether so many events of these types are there."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT type, count(*) FROM ledger.events WHERE type = ANY(%s) GROUP BY type", [list(expected)]
+        )
+        return dict(await cursor.fetchall()) == expected
+
+
+async def test_what_is_due_is_done_by_itself_and_once(
     database: Database, pool: Pool, committer: Committer, tmp_path: Path
 ) -> None:
-    soon = datetime.now(UTC) + timedelta(seconds=2)
-    commands = [OpenSession(agent_role="x", expires_at=soon) for _ in range(30)]
-    commands += [OpenSession(agent_role="later") for _ in range(3)]
-    receipts = await committer.submit_all("demo", commands, AGENT)
+    expected = await make_everything_due(committer)
+    async with worker(database.worker, tmp_path), worker(database.worker, tmp_path):
+        await until(lambda: ended(pool, expected))
+        # Once more in its own time: what it does now would be done twice.
+        await committer.submit("demo", OpenSession(agent_role="x", expires_at=_soon(0.2)), AGENT)
+        await until(lambda: ended(pool, expected | {"SessionExpired": NUMBER + 1}))
+    history = check_ledger(database.owner)["demo"]
+    due = [event for event_type in expected for event in of_type(history, event_type)]
+    assert {event.actor for event in due} == {SYSTEM}
+    left: dict[str, Counter[str]] = {type(state).__name__: Counter() for state in states(history).values()}
+    for state in states(history).values():
+        left[type(state).__name__][state.state] += 1
+    assert left == {
+        "Session": {"expired": NUMBER + 1, "pending": 1},
+        "Task": {"queued": 2 * NUMBER + 1, "expired": NUMBER},
+        "Approval": {"expired": NUMBER, "lapsed": NUMBER, "executed": NUMBER, "pending": 1},
+    }
+
+
+async def test_sweepers_in_any_number_of_processes_do_what_is_due_once(
+    database: Database, pool: Pool, committer: Committer, tmp_path: Path
+) -> None:
+    expected = await make_everything_due(committer)
     ledger = await committer.ledger("demo")
     assert ledger is not None
-    async with worker(database.worker, tmp_path), worker(database.worker, tmp_path):
+    async with committing(pool, tmp_path) as another, pool.connection() as connection:
+        projecting = asyncio.create_task(Projector(pool, VIEWS, listen_to=database.worker).run())
 
-        async def expired() -> bool:
-            async with pool.connection() as connection:
-                wanted = sessions.Filter(state="expired")
-                return (await sessions.search(connection, ledger.ledger_id, wanted, limit=50)).total == 30
+        async def found() -> dict[str, int]:
+            return Counter(type(one.command).__name__ for one in await overdue(connection))
 
-        await until(expired)
-    history = check_ledger(database.owner)["demo"]
-    due = of_type(history, "SessionExpired")
-    assert {event.stream_id for event in due} == {r.target for r in receipts[:30] if isinstance(r, Receipt)}
-    assert len(due) == 30
-    assert {event.actor for event in due} == {SYSTEM}
-    assert {state.state for state in states(history).values()} == {"expired", "pending"}
-
-
-async def test_sweepers_in_any_number_of_processes_expire_a_session_once(
-    database: Database, pool: Pool, committer: Committer, tmp_path: Path
-) -> None:
-    soon = datetime.now(UTC) + timedelta(seconds=2)
-    receipts = await committer.submit_all(
-        "demo", [OpenSession(agent_role="x", expires_at=soon) for _ in range(20)], AGENT
-    )
-    due = [
-        sessions.Due("demo", receipt.target, receipt.state.expires_at)
-        for receipt in receipts
-        if isinstance(receipt, Receipt) and receipt.target is not None
-    ]
-    await asyncio.sleep(2.2)  # it is the time itself that is waited for
-    async with committing(pool, tmp_path) as another:
-        answers = await asyncio.gather(*(expire(one, due) for one in (committer, another, committer, another)))
-        assert [*answers, await expire(another, due)] == [{}] * 5
-    assert len(of_type(check_ledger(database.owner)["demo"], "SessionExpired")) == 20
+        late = {"ExpireTask", "LoseAttempt", "QueueTask", "ExpireSession"}
+        late |= {"ExpireApproval", "LapseApproval", "MissOutcome"}
+        await until(lambda: _is(found(), dict.fromkeys(late, NUMBER)))
+        due = await overdue(connection)
+        answers = await asyncio.gather(*(sweep(one, copy.deepcopy(due)) for one in (committer, another) * 3))
+        assert answers == [{}] * 6
+        assert await ended(pool, expected | {"TaskQueued": NUMBER})
+        await until(lambda: _is(found(), {"QueueTask": NUMBER}))  # those whose lease was lost
+        again = await overdue(connection)
+        assert await sweep(another, [*copy.deepcopy(due), *again]) == {}
+        assert await ended(pool, expected)
+        await until(lambda: _is(found(), {}))
+        projecting.cancel()
+        await asyncio.wait([projecting])
+    check_ledger(database.owner)
 
 
 async def test_one_project_that_cannot_be_written_does_not_hold_up_the_others(
     database: Database, pool: Pool, committer: Committer, tmp_path: Path
 ) -> None:
-    soon = datetime.now(UTC) + timedelta(seconds=2)
+    soon = _soon(2)
     due = []
     for project_id in ("broken", "sound"):
         receipt = await committer.submit(project_id, OpenSession(agent_role="x", expires_at=soon), AGENT)
         assert receipt.target is not None
-        due.append(sessions.Due(project_id, receipt.target, receipt.state.expires_at))
+        command = ExpireSession(session_id=receipt.target, deadline=receipt.state.expires_at)
+        due.append(Overdue(project_id, command))
     await asyncio.sleep(2.2)  # it is the time itself that is waited for
     (tmp_path / "keys" / "broken.key").unlink()
     async with committing(pool, tmp_path) as another:
-        failures = await expire(another, due)
+        failures = await sweep(another, due)
     assert list(failures) == ["broken"]
     history = check_ledger(database.owner)
     assert len(of_type(history["sound"], "SessionExpired")) == 1
