@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from api.client import Answer, Client
-from ledger.commands import Command, Record
+from ledger.commands import CancelTask, CastVote, ChangeSession, Command, CompleteTask, OpenSession, Record
 from ledger.errors import Forbidden, IdempotencyKeyReused, MunimentError, NotFound
 from ops.projects import local_settings, local_token
-from ops.runs import PERSONAL_KEYS, Mapping, Options, Step, identify, session_of
+from ops.runs import GATED_TOOLS, PERSONAL_KEYS, Mapping, Options, Step, identify, session_of
 from ops.transcripts import Run, Transcript, Unusable
 from ops.up import address
 
@@ -52,6 +52,10 @@ class Report(Struct):
     """By the state they are in now."""
     records: Counter[str] = field(default_factory=Counter)
     """By kind."""
+    tasks: Counter[str] = field(default_factory=Counter)
+    """Gated calls, by the state they were brought to."""
+    approvals: Counter[str] = field(default_factory=Counter)
+    """By the state they were brought to."""
     recorded: int = 0
     """Commands that the ledger took now."""
     replayed: int = 0
@@ -143,24 +147,27 @@ async def _put(client: Client, item: Numbered, options: Options, report: Report)
     steps = [step for step in mapped if isinstance(step, Step)]
     report.not_taken += [step for step in mapped if isinstance(step, Unusable)]
     # Alone, for without a session all that follows would be refused, and each refusal recorded.
-    answers = [await _open(client, steps[0].command)]
+    answers = await _send(client, [steps[0].command])
     if answers[0].error is None:
-        answers += await client.send(step.command for step in steps[1:])
+        answers += await _send(client, [step.command for step in steps[1:]])
     _count(steps, answers, report)
 
 
-async def _open(client: Client, command: Command) -> Answer:
-    """Open a session; raises Forbidden, which stops everything.
+async def _send(client: Client, commands: list[Command]) -> list[Answer]:
+    """The answers to commands that build on each other. Raises Forbidden, which stops everything.
 
-    One that was forbidden before is remembered for its id, and may be allowed by now: it gets another id.
+    What was forbidden before is remembered for its id, and may be allowed by now: it gets another id, and what
+    came after it in vain is sent again with it.
     """
     while True:
-        (answer,) = await client.send([command])
-        if not isinstance(answer.error, Forbidden):
-            return answer
-        if not answer.replayed:
-            raise answer.error
-        command.command_id = f"{command.command_id}+"
+        answers = await client.send(commands)
+        forbidden = [n for n, answer in enumerate(answers) if isinstance(answer.error, Forbidden)]
+        if not forbidden:
+            return answers
+        for n in forbidden:
+            if not answers[n].replayed and (error := answers[n].error):
+                raise error
+            commands[n].command_id = f"{commands[n].command_id}+"
 
 
 async def _is_ours(client: Client, session_id: UUID) -> bool:
@@ -193,10 +200,15 @@ def _count(steps: list[Step], answers: list[Answer], report: Report) -> None:
         report.replayed += answer.replayed
         report.recorded += not answer.replayed
         report.position = max(report.position, *answer.positions, 0)
-        if isinstance(step.command, Record):
-            report.records[step.command.kind] += 1
-        else:
-            state = answer.body["state"]
+        match step.command:
+            case Record():
+                report.records[step.command.kind] += 1
+            case OpenSession() | ChangeSession():
+                state = answer.body["state"]
+            case CompleteTask() | CancelTask():
+                report.tasks[answer.body["state"]] += 1
+            case CastVote():
+                report.approvals[answer.body["state"]] += 1
     if state is not None:
         report.sessions[state] += 1
 
@@ -220,6 +232,7 @@ def openai_messages(
     token: Annotated[str | None, Parameter(env_var="LEDGER_TOKEN")] = None,
     agent_role: str | None = None,
     personal_keys: str = PERSONAL_KEYS,
+    gated_tools: str = GATED_TOOLS,
     jobs: Annotated[int, Parameter(validator=Number(gte=1, lte=64))] = JOBS,
 ) -> None:
     """Put recorded runs of agents in: files of messages in the OpenAI format.
@@ -227,9 +240,11 @@ def openai_messages(
     A FILE is a JSON list of runs, a run a line (JSON lines), one run, or a bare list of messages; or gzip of
     any of these. A run is `{"messages": [...]}` or `{"traj": [...]}`; what else it says becomes metadata.
 
-    A run becomes a session, and every message and every tool call with its result a record. It is known by
-    what it says: imported again, also from a file that was renamed, moved or copied, nothing is added; after
-    an interruption the same command goes on where it stopped. The session's `external_id` is `<file>#<index>`.
+    A run becomes a session, and every message and every tool call with its result a record; a call of a gated
+    tool becomes a task, with an imported approval of its exact arguments, the evidence of which is the user's
+    message before it. A run is known by what it says: imported again, also from a file that was renamed, moved
+    or copied, nothing is added; after an interruption the same command goes on where it stopped, within a day where
+    that was in the middle of a gated call. The session's `external_id` is `<file>#<index>`.
 
     Prints what went in and everything that was not taken, with the reason; then the exit code is 1.
 
@@ -242,21 +257,25 @@ def openai_messages(
     url
         The server; default: the one that `make up` runs on this machine.
     token
-        A token for that project with the role `agent`. Default: on this machine, in development, one is made
-        by itself, for the subject `muniment-import`. Another subject cannot go on with what this one began.
+        A token for that project with the roles `agent` and `importer`. Default: on this machine, in development,
+        one is made by itself, for the subject `muniment-import`. Another subject cannot go on with what this one
+        began.
     agent_role
         The sessions' agent_role. Default: `agent`, unless the data set is a known one.
     personal_keys
         JSON keys, with commas between, whose values in arguments and results are personal: they are sealed
         under the customer's own key (the run's `user_id` or `customer_id`, else the run by itself). Name
         `content` too to seal what is said, which full-text search then does not find.
+    gated_tools
+        Tools, with commas between, whose calls are tasks with an approval instead of records. Empty: none, and
+        the role `agent` is enough.
     jobs
         How many runs are on their way at once.
     """
     if not files:
         sys.exit("muniment: name at least one FILE")
     url, token = _where(project, url, token)
-    options = Options(agent_role=agent_role, personal_keys=personal_keys)
+    options = Options(agent_role=agent_role, personal_keys=personal_keys, gated_tools=gated_tools)
     try:
         done = asyncio.run(_import(url, token, [Transcript(path) for path in files], options, jobs))
     except MunimentError as error:
@@ -279,7 +298,7 @@ async def _import(url: str, token: str, files: list[Transcript], options: Option
 
 def _where(project: str, url: str | None, token: str | None) -> tuple[str, str]:
     """The server and the token to use; what is not said is this machine's."""
-    token = token or local_token(project, IMPORTER, "service", ("agent",))
+    token = token or local_token(project, IMPORTER, "service", ("agent", "importer"))
     with suppress(jwt.PyJWTError):  # an opaque token says nothing; the server knows
         claimed = jwt.decode(token.strip(), options={"verify_signature": False}).get("project", project)
         if claimed != project:
@@ -326,6 +345,8 @@ def _told(report: Report, project: str, url: str) -> Iterator[str]:
     yield f"In project {project} at {url}, up to position {report.position:,}:"
     yield f"  sessions   {_counted(report.sessions)}"
     yield f"  records    {_counted(report.records)}"
+    yield f"  tasks      {_counted(report.tasks)}"
+    yield f"  approvals  {_counted(report.approvals)}"
     yield f"  commands   {report.recorded:,} recorded now, {report.replayed:,} were in the ledger before (replayed)"
     if report.copies:
         yield f"  copies     {report.copies:,} runs that stand in several of the files, put in once"

@@ -1,9 +1,11 @@
 """What a recorded run means: the commands that put it into a ledger.
 
 A run is a session: opened, activated, completed or failed. Every message is a record; a tool's answer is
-the record of its call, and a call that was never answered is a record too. Ids are made from what the run
-says and not from the file it stands in (RFC 9562 s5.5), so the same run always gives the same commands.
-A call is known by `<run>:<message index>:<call index>`, for tool-call ids repeat. Pure: no clock, no I/O.
+the record of its call, and a call that was never answered is a record too. A call of a gated tool, one that
+changes the world, is a task instead, with an approval bound to its arguments where somebody can be shown to have
+asked for it. Ids are made from what the run says and not from the file it stands in (RFC 9562 s5.5), so the same
+run always gives the same commands. A call is known by `<run>:<message index>:<call index>`, for tool-call ids
+repeat. Pure: no clock, no I/O.
 """
 
 import re
@@ -15,15 +17,28 @@ from uuid import UUID, uuid5
 
 from msgspec import UNSET, Struct, field
 
-from ledger.commands import ChangeSession, Command, OpenSession, Record
+from ledger.commands import (
+    CancelTask,
+    CastVote,
+    ChangeSession,
+    Command,
+    CompleteTask,
+    OpenSession,
+    Record,
+    RequestApproval,
+    Start,
+    SubmitTask,
+)
 from ledger.entry import canonical
 from ledger.syntax import BODY_BYTES_MAX, METADATA_BYTES_MAX
-from ledger.vault import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX
-from ops.transcripts import Run, Unusable, mended, parse
+from ledger.values import Action, Voter
+from ledger.vault import ERASED, PERSONAL, SEALED
+from ops.messages import is_error, letters, line, opened, part, subject, tool_calls
+from ops.transcripts import Run, Unusable, mended
 
 Json = dict[str, Any]
 
-MAPPING = UUID("5e2f1d0a-5d6c-5b1e-8c53-6f1c7a0a4be1")
+MAPPING = UUID("8d0b6f2e-94c7-5a13-b7e5-2c41d9f07a68")
 """The namespace of imported ids. A mapping that gives other commands for the same run needs another one."""
 
 PERSONAL_KEYS = (
@@ -34,13 +49,25 @@ PERSONAL_KEYS = (
 )
 """The JSON keys whose values are about a person, unless the caller names others."""
 
+GATED_TOOLS = (
+    "book_reservation,cancel_reservation,update_reservation_flights,update_reservation_baggages,"
+    "update_reservation_passengers,send_certificate"
+)
+"""The tools whose calls changed something that had to be asked for, unless the caller names others."""
+
+LEASE_SECONDS = 86_400
+"""How long an import that was stopped in the middle of a call may take to go on with it."""
+
 FAILING_TOOLS = ("transfer_to_human_agents",)
-SUBJECT_KEYS = frozenset({"userid", "customerid"})
+WORKER = "muniment-import"
+ISSUER = "urn:muniment:imported"
+"""Under which the customers of imported runs are known as voters; their ids are made from what the run calls them."""
+
 TIME_KEYS = ("timestamp", "created_at", "created", "time", "started_at", "start_time")
 
 # Published data sets whose agent is known by the first line of its instructions.
 _KNOWN_ROLES = {"# Airline Agent Policy": "airline-support", "# Retail agent policy": "retail-support"}
-_ERROR = re.compile(r"\s*(error|exception|traceback)\b", re.IGNORECASE)
+_EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
 # Beside a message or a run a `name` is an agent's or a tool's; a person's stands in arguments and results.
 _NAMES = frozenset({"name"})
 _RESERVED = frozenset({PERSONAL, SEALED, ERASED})
@@ -53,6 +80,8 @@ class Options(Struct, frozen=True, kw_only=True):
     """None: the data set's, where it is a known one, else `agent`."""
     personal_keys: str = PERSONAL_KEYS
     """Separated by commas; written `firstName`, `first-name` or `first_name`, a key is the same."""
+    gated_tools: str = GATED_TOOLS
+    """Separated by commas, exactly as the calls name them."""
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
     """A time in a log that is later than this is not believed."""
 
@@ -99,8 +128,10 @@ class Mapping:
         self._session_id = session_id
         self._name = name
         self._options = options
-        self._keys = frozenset(map(_letters, options.personal_keys.split(","))) - {""}
-        self._subject = _subject(run) or str(session_id)
+        self._keys = frozenset(map(letters, options.personal_keys.split(","))) - {""}
+        self._gated = frozenset(name.strip() for name in options.gated_tools.split(",")) - {""}
+        self._subject = subject(run) or str(session_id)
+        self._asked_by: UUID | None = None
         self._unanswered: list[_Call] = []
         self._transferred = False
 
@@ -117,10 +148,15 @@ class Mapping:
                 yield Step(where, self._answered(index, message))
             else:
                 said = self._said(index, message)
-                self._unanswered += self._calls(index, message, said)
+                is_held = len(canonical(said.body)) <= BODY_BYTES_MAX  # else it will be refused
                 yield Step(where, said)
+                if role == "user" and is_held:
+                    self._asked_by = said.record_id
+                for call in self._calls(index, message, said if is_held else None):
+                    self._unanswered.append(call)
+                    yield from (Step(where, command) for command in self._begun(call))
         for call in self._unanswered:
-            yield Step(f"{self._run.where} call {call.place}", self._called(call, {}, None, None))
+            yield Step(f"{self._run.where} call {call.place}", self._unanswered_call(call))
         yield self._ending(times[-1] if times else None)
 
     def _opening(self, time: datetime | None) -> Iterator[Step]:
@@ -132,7 +168,7 @@ class Mapping:
             external_id=self._name,
             occurred_at=time or UNSET,
             agent_role=self._options.agent_role or self._known_role() or "agent",
-            task_id=_line(self._run.about.get("task_id")),
+            task_id=line(self._run.about.get("task_id")),
             metadata=about if fits else {},
             labels={"imported": "openai-messages"},
         )
@@ -179,31 +215,31 @@ class Mapping:
         body = self._marked({k: v for k, v in message.items() if k not in ("tool_calls", "function_call")}, keys)
         calls = [
             {"call_key": f"{self._name}:{index}:{nth}", "tool_call_id": call_id, "name": name}
-            for nth, (call_id, name, _, _) in enumerate(_tool_calls(message))
+            for nth, (call_id, name, _, _) in enumerate(tool_calls(message))
         ]
         if calls:
             body["tool_calls"] = calls
         kind = "system" if role == "developer" else re.sub(r"[^a-z0-9_-]+", "-", role.strip().lower())[:80]
         return self._record(str(index), f"message.{kind}", body, self._moment(message))
 
-    def _calls(self, index: int, message: Json, said: Record) -> Iterator[_Call]:
-        # A message over what a record may hold will be refused: its calls then stand alone.
-        is_held = len(canonical(said.body)) <= BODY_BYTES_MAX
-        for nth, (call_id, name, arguments, more) in enumerate(_tool_calls(message)):
+    def _calls(self, index: int, message: Json, said: Record | None) -> Iterator[_Call]:
+        """The calls that a message makes; they stand alone where no record will hold the message."""
+        for nth, (call_id, name, arguments, more) in enumerate(tool_calls(message)):
             self._transferred |= name in FAILING_TOOLS
             place = f"{index}:{nth}"
             body = {
                 "call_key": f"{self._name}:{place}",
                 "tool_call_id": call_id,
                 "name": name,
-                "arguments": self._marked(_opened(arguments)),
+                "arguments": self._marked(opened(arguments)),
             }
             if more:
                 body["more"] = self._marked(more)
-            yield _Call(place, body, self._moment(message), self._record_id(str(index)) if is_held else None)
+            yield _Call(place, body, self._moment(message), self._record_id(str(index)) if said else None)
 
-    def _answered(self, index: int, message: Json) -> Record:
-        """The record of the call that a tool's message answers; of the answer alone where no call waits for it."""
+    def _answered(self, index: int, message: Json) -> Command:
+        """What a tool's message makes of the call that it answers; a record of the answer alone where no call waits
+        for it."""
         call = self._awaited(message)
         if call:
             self._unanswered.remove(call)
@@ -211,12 +247,24 @@ class Mapping:
             named = {"tool_call_id": message.get("tool_call_id"), "name": message.get("name")}
             call = _Call(str(index), named, None, None)
         content = message.get("content")
-        result = [_part(part) for part in content] if isinstance(content, list) else _opened(content)
-        answer = {"result": self._marked({"content": result})["content"], "is_error": _is_error(message, result)}
+        result = [part(piece) for piece in content] if isinstance(content, list) else opened(content)
+        answer = {"result": self._marked({"content": result})["content"], "is_error": is_error(message, result)}
         known = ("role", "content", "tool_call_id", "name", "is_error")
         if more := self._marked({k: v for k, v in message.items() if k not in known}):
             answer["answer"] = more
-        return self._called(call, answer, answer["is_error"], self._moment(message))
+        time = self._moment(message)
+        if self._is_gated(call):
+            return self._completed(call, answer, time)
+        return self._called(call, answer, answer["is_error"], time)
+
+    def _unanswered_call(self, call: _Call) -> Command:
+        if not self._is_gated(call):
+            return self._called(call, {}, None, None)
+        return CancelTask(
+            command_id=f"{self._session_id}:{call.place}:cancel",
+            task_id=self._task_id(call.place),
+            reason="the run ended before the call was answered",
+        )
 
     def _called(self, call: _Call, answer: Json, is_error: bool | None, time: datetime | None) -> Record:
         record = self._record(call.place, "tool.called", call.body | answer, time or call.made_at)
@@ -226,6 +274,71 @@ class Mapping:
         if call.made_at and time and call.made_at <= time:
             record.started_at, record.ended_at = call.made_at, time
         return record
+
+    # Gated calls
+
+    def _is_gated(self, call: _Call) -> bool:
+        return "arguments" in call.body and call.body["name"] in self._gated
+
+    def _begun(self, call: _Call) -> Iterator[Command]:
+        """The task that a gated call is, which no worker is ever offered, and who can be shown to have asked for it.
+
+        Nobody is made to have approved what nobody can be shown to have asked for: then there is no approval.
+        """
+        if not self._is_gated(call):
+            return
+        task_id, approval_id = self._task_id(call.place), uuid5(self._session_id, f"{call.place}:approval")
+        name, key = call.body["name"], f"{self._session_id}:{call.place}"
+        occurred_at = call.made_at or UNSET
+        yield SubmitTask(
+            command_id=key,  # as its record would have: it is one or the other, in one ledger
+            task_id=task_id,
+            session_id=self._session_id,
+            external_id=call.body["call_key"],
+            occurred_at=occurred_at,
+            kind=f"tool.{re.sub(r'[^a-z0-9_-]+', '-', name.lower())[:80]}",
+            payload=call.body,
+            max_attempts=1,
+            start=Start(worker=WORKER, lease_seconds=LEASE_SECONDS, lease_id=self._lease_id(call.place)),
+        )
+        if self._asked_by is None:
+            return
+        yield RequestApproval(
+            command_id=f"{key}:approval",
+            approval_id=approval_id,
+            session_id=self._session_id,
+            task_id=task_id,
+            external_id=call.body["call_key"],
+            call_key=call.body["call_key"],
+            occurred_at=occurred_at,
+            action=Action(tool=name, arguments=call.body["arguments"]),
+            imported=True,
+        )
+        yield CastVote(
+            command_id=f"{key}:vote",
+            approval_id=approval_id,
+            occurred_at=occurred_at,
+            verdict="approve",
+            # Whom the customer's id names is personal, and a voter is not sealed.
+            voter=Voter(issuer=ISSUER, sub=str(uuid5(MAPPING, self._subject)), evidence=self._asked_by),
+        )
+
+    def _completed(self, call: _Call, answer: Json, time: datetime | None) -> CompleteTask:
+        result = answer["result"]
+        return CompleteTask(
+            command_id=f"{self._session_id}:{call.place}:complete",
+            task_id=self._task_id(call.place),
+            lease_id=self._lease_id(call.place),
+            occurred_at=time or call.made_at or UNSET,
+            result={"content": result, "answer": answer["answer"]} if "answer" in answer else result,
+            is_error=answer["is_error"],
+        )
+
+    def _task_id(self, place: str) -> UUID:
+        return uuid5(self._session_id, f"{place}:task")
+
+    def _lease_id(self, place: str) -> UUID:
+        return uuid5(self._session_id, f"{place}:lease")
 
     def _awaited(self, message: Json) -> _Call | None:
         """The earliest call without an answer that has the answer's id; without an id its name; or neither."""
@@ -245,7 +358,7 @@ class Mapping:
             return value
         return {
             f"{name}_" if name in _RESERVED else name: self._personal(item)
-            if _letters(name) in keys and item not in (None, "", [], {})
+            if letters(name) in keys and item not in (None, "", [], {})
             else self._marked(item, keys)
             for name, item in value.items()
         }
@@ -265,75 +378,3 @@ class Mapping:
         except (ValueError, OverflowError, OSError):
             return None
         return time if time and time.tzinfo and _EARLIEST < time <= self._options.now else None
-
-
-_EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
-
-
-def _tool_calls(message: Json) -> Iterator[tuple[Any, Any, Any, Json]]:
-    """The calls in a message, in any of their forms: id, name, arguments, and what else is said of it."""
-    made = message.get("tool_calls") or []
-    if legacy := message.get("function_call"):
-        made = [*(made if isinstance(made, list) else [made]), {"function": legacy}]
-    for call in made if isinstance(made, list) else [made]:
-        if not isinstance(call, dict):
-            yield None, None, call, {}
-            continue
-        inner = next((call[key] for key in ("function", "custom") if isinstance(call.get(key), dict)), call)
-        arguments = inner.get("arguments", inner.get("input"))
-        used = ("id", "type", "function", "custom", "name", "arguments", "input")
-        yield call.get("id"), inner.get("name"), arguments, {k: v for k, v in (call | inner).items() if k not in used}
-
-
-def _opened(value: Any) -> Any:
-    """The object or list that a text is the JSON of; any other value as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
-        return value
-    try:
-        return parse(value)
-    except ValueError:
-        return value
-
-
-def _part(part: Any) -> Any:
-    is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
-    return part | {"text": _opened(part["text"])} if is_text else part
-
-
-def _is_error(message: Json, result: Any) -> bool:
-    if isinstance(said := message.get("is_error"), bool):
-        return said
-    if message.get("status") == "error" or (isinstance(result, dict) and bool(result.get("error"))):
-        return True
-    return isinstance(result, str) and bool(_ERROR.match(result))
-
-
-def _subject(run: Run) -> str | None:
-    """The customer: the first user id in what the run says of itself, else in the arguments of its calls."""
-    arguments = (_opened(call[2]) for m in run.messages if isinstance(m, dict) for call in _tool_calls(m))
-    for value in (run.about, *arguments):
-        for found in _user_ids(value):
-            return found
-    return None
-
-
-def _user_ids(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            is_id = isinstance(item, str | int) and not isinstance(item, bool)
-            if is_id and _letters(name) in SUBJECT_KEYS and 1 <= len(str(item)) <= SUBJECT_CHARACTERS_MAX:
-                yield str(item)
-        value = list(value.values())
-    for item in value if isinstance(value, list) else ():
-        yield from _user_ids(item)
-
-
-def _letters(key: str) -> str:
-    """A key however it is written: `firstName`, `first-name` and `First name` are one."""
-    return re.sub(r"[\s_-]+", "", key).lower()
-
-
-def _line(value: Any) -> str | None:
-    """A text or number as one line of text, where it can be one."""
-    text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    return text if 1 <= len(text) <= 255 and text.isprintable() else None

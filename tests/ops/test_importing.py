@@ -14,17 +14,20 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
 
 from api.client import BATCH_BYTES_MAX, Client
+from ledger.commands import BeginUse
 from ledger.embedded import EmbeddedServer
 from ledger.entry import Recorded, canonical
-from ledger.errors import BodyTooLarge, Forbidden, MalformedRequest
+from ledger.errors import BodyTooLarge, Forbidden, MalformedRequest, NotUsable
 from ledger.syntax import BODY_BYTES_MAX
+from ledger.values import Action
 from ops.importing import JOBS, Report, import_runs
-from ops.runs import Mapping, Options, Step, identify, session_of
+from ops.runs import GATED_TOOLS, ISSUER, Mapping, Options, Step, identify, session_of
 from ops.transcripts import Run, Transcript
 from tests.check import of_type, states
 from tests.server import Server, history, new_project, shared_server
@@ -56,7 +59,7 @@ def muniment(server: Server, project: str, *arguments: object) -> subprocess.Com
 
 async def put(server: Server, project: str, *paths: Path, subject: str = "importer", **options: Any) -> Report:
     """Import in this process."""
-    roles = options.pop("roles", ("agent",))
+    roles = options.pop("roles", ("agent", "importer"))
     async with Client(server.url, server.token(project, subject, roles), patience_seconds=60) as client:
         return await import_runs(client, [Transcript(path) for path in paths], Options(**options))
 
@@ -76,20 +79,16 @@ def content(recorded: list[Recorded]) -> dict[str, bytes]:
             return "sealed" if "$sealed" in value else {name: plain(item) for name, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list) else value
 
-    dropped = {
-        "event_id",
-        "metadata_event_id",
-        "actor",
-        "opened_at",
-        "updated_at",
-        "expires_at",
-        "recorded_at",
-        "occurred_at",
-    }
+    def lasting(fields: dict[str, Any]) -> dict[str, Any]:
+        passing, keyed = ("_at", "_until", "event_id"), ("_digest", "salts", "match", "actor")
+        return {name: value for name, value in fields.items() if not name.endswith(passing + keyed)}
+
     shown = {}
     for stream_id, state in states(recorded).items():
-        fields = json.loads(canonical(state))
-        shown[str(stream_id)] = canonical(plain({k: v for k, v in fields.items() if k not in dropped}))
+        fields = lasting(json.loads(canonical(state)))
+        if "votes" in fields:
+            fields["votes"] = [lasting(vote) for vote in fields["votes"]]
+        shown[str(stream_id)] = canonical(plain(fields))
     return shown
 
 
@@ -122,11 +121,13 @@ def airline(server: Server) -> str:
     done = muniment(server, project, RECORDED_RUNS)
     assert done.returncode == 0, done.stderr
     lines = [line.strip() for line in done.stdout.splitlines()]
-    assert lines[0] == f"In project {project} at {server.url}, up to position 4,714:"
+    assert lines[0] == f"In project {project} at {server.url}, up to position 5,699:"
     assert lines[1] == "sessions   160 (121 completed, 39 failed)"
-    assert lines[2].startswith("records    4,234 (1,957 message.assistant, 1,189 message.user, 928 tool.called,")
-    assert lines[3] == "commands   4,714 recorded now, 0 were in the ledger before (replayed)"
-    assert lines[4] == "not taken  0"
+    assert lines[2].startswith("records    4,037 (1,957 message.assistant, 1,189 message.user, 731 tool.called,")
+    assert lines[3] == "tasks      197 (197 completed)"
+    assert lines[4] == "approvals  197 (197 approved)"
+    assert lines[5] == "commands   5,305 recorded now, 0 were in the ledger before (replayed)"
+    assert lines[6] == "not taken  0"
     return project
 
 
@@ -148,13 +149,15 @@ def opened(text: str) -> Any:
 @recorded_runs
 async def test_every_recorded_message_and_call_is_found_again_over_http(server: Server, airline: str) -> None:
     async with Client(server.url, server.token(airline, roles=("auditor",))) as client:
-        await client.wait(4714)
+        await client.wait(5699)
         records = [record async for record in client.list_records()]
         sessions = {
             session["external_id"]: session async for session in client.list_sessions(label="imported:openai-messages")
         }
+        tasks = {task["external_id"]: task async for task in client.list_tasks()}
+        approvals = {approval["call_key"]: approval async for approval in client.list_approvals()}
     assert len(sessions) == 160
-    assert len(records) == 4234
+    assert len(records) == 4037
     by_place = {record["external_id"]: record for record in records}
     unread = set(by_place)
     for number, run in enumerate(recorded()):
@@ -165,6 +168,9 @@ async def test_every_recorded_message_and_call_is_found_again_over_http(server: 
             place = f"{name}:{index}"
             if message["role"] == "tool":
                 key, call = calls.pop(message["tool_call_id"])
+                if call["function"]["name"] in GATED_TOOLS.split(","):
+                    check_gated(tasks.pop(key), approvals.pop(key), call, message)
+                    continue
                 body = by_place[key]["body"]
                 unread.remove(key)
                 assert body["call_key"] == key
@@ -187,6 +193,51 @@ async def test_every_recorded_message_and_call_is_found_again_over_http(server: 
         about = {key: value for key, value in run.items() if key != "traj"}
         assert unmarked(sessions[name]["metadata"]) == about
     assert not unread
+    assert not tasks
+    assert not approvals
+
+
+def check_gated(task: dict[str, Any], approval: dict[str, Any], call: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Compare what a gated call and its answer became with what they said."""
+    action = {"tool": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])}
+    assert unmarked(task["payload"]["arguments"]) == action["arguments"]
+    assert (task["state"], task["worker"]) == ("completed", None)
+    assert unmarked(task["result"]) == opened(answer["content"])
+    assert task["is_error"] == answer["content"].startswith("Error")
+    assert unmarked(approval["action"]) == action
+    assert (approval["state"], approval["imported"], approval["task_id"]) == ("approved", True, task["task_id"])
+    (vote,) = approval["votes"]
+    assert (vote["verdict"], vote["voter"]["issuer"]) == ("approve", ISSUER)
+
+
+@recorded_runs
+async def test_the_evidence_of_an_imported_approval_is_what_the_user_said_before_it(
+    server: Server, airline: str
+) -> None:
+    async with Client(server.url, server.token(airline, roles=("auditor",))) as client:
+        await client.wait(5699)
+        said = {record["record_id"]: record async for record in client.list_records(kind="message.user")}
+        evidence = [(a["call_key"], a["votes"][0]["evidence"]) async for a in client.list_approvals()]
+    places = {record["external_id"]: record["record_id"] for record in said.values()}
+    assert len(evidence) == 197
+    for call_key, record_id in evidence:
+        name, index, _ = call_key.rsplit(":", 2)
+        before = [n for n in range(int(index)) if f"{name}:{n}" in places]
+        assert record_id == places[f"{name}:{before[-1]}"]
+
+
+async def test_an_imported_approval_is_never_used(server: Server, project: str, tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    call = {"id": "c", "function": {"name": "send_certificate", "arguments": '{"amount": 100}'}}
+    messages = [{"role": "user", "content": "yes"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    path.write_text(json.dumps({"messages": messages}))
+    report = await put(server, project, path)
+    assert (report.tasks, report.approvals, report.not_taken) == ({"cancelled": 1}, {"approved": 1}, [])
+    (requested,) = of_type(history(server, project), "ApprovalRequested")
+    action = Action(tool="send_certificate", arguments={"amount": 100})
+    async with Client(server.url, server.token(project, "importer", ("agent", "importer"))) as client:
+        (answer,) = await client.send([BeginUse(approval_id=requested.stream_id, execution_id=uuid4(), action=action)])
+    assert isinstance(answer.error, NotUsable)
 
 
 def unmarked(value: Any) -> Any:
@@ -225,14 +276,14 @@ def test_a_second_import_appends_nothing_whatever_the_file_is_called(
 ) -> None:
     again = muniment(server, airline, RECORDED_RUNS)
     assert again.returncode == 0, again.stderr
-    assert "0 recorded now, 4,714 were in the ledger before" in again.stdout
+    assert "0 recorded now, 5,305 were in the ledger before" in again.stdout
     renamed = tmp_path / "renamed.json"
     renamed.write_bytes(gzip.decompress(RECORDED_RUNS.read_bytes()))
     third = muniment(server, airline, renamed)
     assert third.returncode == 0, third.stdout
-    assert "0 recorded now, 4,714 were in the ledger before" in third.stdout
+    assert "0 recorded now, 5,305 were in the ledger before" in third.stdout
     assert "sessions   160 (121 completed, 39 failed)" in third.stdout
-    assert size(server, airline) == 4714
+    assert size(server, airline) == 5699
 
 
 @recorded_runs
@@ -259,7 +310,7 @@ def test_an_import_killed_again_and_again_ends_with_the_same_ledger(server: Serv
             time.sleep(0.005)
         running.kill()
         running.wait()
-    assert 0 < size(server, project) < 4714
+    assert 0 < size(server, project) < 5699
     last = muniment(server, project, RECORDED_RUNS)
     assert last.returncode == 0, last.stdout + last.stderr
     assert content(history(server, project)) == content(history(server, airline))
@@ -388,8 +439,8 @@ async def test_what_cannot_go_in_is_told_by_number_and_the_rest_goes_in(
     assert done.returncode == 1, done.stderr
     told = done.stdout.splitlines()
     assert told[1:3] == ["  sessions   4 (4 completed)", "  records    3 (3 message.user)"]
-    assert told[4] == "  not taken  6"
-    assert sorted(line.strip().removeprefix(f"{tmp_path}/") for line in told[5:11]) == [
+    assert told[6] == "  not taken  6"
+    assert sorted(line.strip().removeprefix(f"{tmp_path}/") for line in told[7:13]) == [
         "absent.json: it cannot be read on: No such file or directory",
         "mixed.json item 1: it has no list of messages under `messages` or `traj`",
         "mixed.json item 2 message 1: it is not a message: it has no role",
@@ -401,6 +452,26 @@ async def test_what_cannot_go_in_is_told_by_number_and_the_rest_goes_in(
         await client.wait(size(server, project))
         said = [record["body"]["content"] async for record in client.list_records(kind="message.user")]
     assert sorted(said) == ["after it", "fine", "nul \u0000 and half \\ud83d characters"]
+
+
+async def test_without_the_importers_role_gated_calls_wait_for_it(server: Server, project: str, tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    call = {"id": "c", "function": {"name": "send_certificate", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "yes"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "done"},
+    ]
+    path.write_text(json.dumps({"messages": messages}))
+    for _ in range(2):
+        with pytest.raises(Forbidden):
+            await put(server, project, path, roles=("agent",))
+    report = await put(server, project, path)
+    assert (report.tasks, report.approvals, report.not_taken) == ({"completed": 1}, {"approved": 1}, [])
+    before = content(history(server, project))
+    other = await put(server, project, path, gated_tools="")
+    assert [reason.split(",")[0] for _, reason in other.not_taken] == ["it is in the ledger already"]
+    assert content(history(server, project)) == before
 
 
 async def test_without_the_role_nothing_goes_in_until_it_is_given(server: Server, project: str, tmp_path: Path) -> None:

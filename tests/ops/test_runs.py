@@ -9,9 +9,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from ledger.commands import ChangeSession, OpenSession, Record
+from ledger.commands import (
+    CancelTask,
+    CastVote,
+    ChangeSession,
+    CompleteTask,
+    OpenSession,
+    Record,
+    RequestApproval,
+    SubmitTask,
+)
 from ledger.errors import MalformedRequest
 from ledger.syntax import BODY_BYTES_MAX, read_command
+from ledger.values import Action
 from ledger.vault import PERSONAL
 from ops.runs import Mapping, Options, Step, identify, session_of
 from ops.transcripts import Run, Transcript, Unusable
@@ -322,6 +332,74 @@ def test_names_that_are_ours_do_not_make_a_log_unreadable() -> None:
     assert next(iter(called["arguments"]["email"][PERSONAL]["value"])) == "$erased_"
 
 
+# Gated calls
+
+
+def gated(messages: list[Any], **options: Any) -> list[Any]:
+    """The commands that come of these messages, without those of the session and of the messages."""
+    others = ("message.user", "message.assistant")
+    return [
+        command
+        for command in commands(messages, {"user_id": "c1"}, **options)
+        if not isinstance(command, OpenSession | ChangeSession) and getattr(command, "kind", "") not in others
+    ]
+
+
+REFUND = [said("refund me"), calling(("a", "refund", '{"amount": 5, "iban": "DE1"}')), answering("a", "Error: no")]
+
+
+def test_a_gated_call_is_a_task_with_an_approval_of_its_exact_arguments() -> None:
+    submitted, requested, voted, completed = gated(REFUND, gated_tools="pay, refund")
+    assert isinstance(submitted, SubmitTask)
+    assert (submitted.kind, submitted.external_id, submitted.max_attempts) == ("tool.refund", "f#0:1:0", 1)
+    assert submitted.payload["arguments"] == {"amount": 5, "iban": personal("DE1")}
+    assert submitted.start is not None
+    assert isinstance(requested, RequestApproval)
+    assert (requested.task_id, requested.session_id) == (submitted.task_id, submitted.session_id)
+    assert (requested.call_key, requested.imported) == ("f#0:1:0", True)
+    assert requested.action == Action(tool="refund", arguments={"amount": 5, "iban": personal("DE1")})
+    assert isinstance(voted, CastVote)
+    assert voted.approval_id == requested.approval_id
+    assert isinstance(completed, CompleteTask)
+    assert (completed.task_id, completed.lease_id) == (submitted.task_id, submitted.start.lease_id)
+    assert (completed.result, completed.is_error) == ("Error: no", True)
+
+
+def test_the_evidence_of_an_approval_is_the_nearest_earlier_message_of_the_user() -> None:
+    run, about = REFUND[:1] + REFUND, {"user_id": "c1"}
+    (vote,) = [command for command in gated(run, gated_tools="refund") if isinstance(command, CastVote)]
+    first, second = [record for record in records(run, about) if record.kind == "message.user"]
+    assert vote.voter is not None
+    assert vote.voter.evidence == second.record_id != first.record_id
+    assert "c1" not in vote.voter.sub
+
+
+def test_where_no_user_asked_there_is_a_task_and_no_approval() -> None:
+    assert [type(command) for command in gated(REFUND[1:], gated_tools="refund")] == [SubmitTask, CompleteTask]
+
+
+def test_a_gated_call_that_was_never_answered_is_cancelled() -> None:
+    submitted, *_, cancelled = gated(REFUND[:2], gated_tools="refund")
+    assert isinstance(cancelled, CancelTask)
+    assert cancelled.task_id == submitted.task_id
+
+
+def test_an_answer_without_its_call_is_a_record_though_its_tool_is_gated() -> None:
+    (lone,) = gated([answering("x", "done", name="refund")], gated_tools="refund")
+    assert isinstance(lone, Record)
+
+
+def test_the_same_tool_call_id_twice_is_two_tasks() -> None:
+    tasks = [command for command in gated(REFUND * 2, gated_tools="refund") if isinstance(command, SubmitTask)]
+    assert len({task.task_id for task in tasks}) == 2
+
+
+def test_what_else_an_answer_of_a_gated_call_says_is_kept() -> None:
+    answer = answering("a", '{"ok": 1}', took_ms=7)
+    *_, completed = gated([*REFUND[:2], answer], gated_tools="refund")
+    assert completed.result == {"content": {"ok": 1}, "answer": {"took_ms": 7}}
+
+
 # Identity, time, size
 
 
@@ -336,10 +414,10 @@ def test_the_same_run_is_the_same_commands_and_another_run_is_not() -> None:
 
 def test_the_ids_of_a_run_are_frozen() -> None:
     opened, *_, record, _ = commands([said("hi")])
-    assert str(opened.session_id) == "92359801-a25b-5976-8bcf-fd0d2af715f1"
+    assert str(opened.session_id) == "2c576dc8-e438-5dfc-a8fb-b3a5c31cd4fe"
     assert opened.command_id == f"{opened.session_id}:open"
     assert (str(record.record_id), record.command_id) == (
-        "d3a44b46-04e0-5bc9-9ed8-7e6bbdde022b",
+        "ebb00692-70df-5774-992b-7397d9e54a34",
         f"{opened.session_id}:0",
     )
 
@@ -417,24 +495,29 @@ def test_a_run_nested_too_deeply_is_refused_with_its_reason() -> None:
 def test_the_recorded_airline_runs_become_what_is_counted_in_them() -> None:
     kinds: Counter[str] = Counter()
     statuses: Counter[Any] = Counter()
-    roles: Counter[str] = Counter()
+    given: Counter[str] = Counter()
     ids: set[Any] = set()
     subjects = 0
     for item in Transcript(RECORDED_RUNS).runs():
         assert isinstance(item, Run)
         for command in commands(item.messages, item.about):
             ids.add(command.command_id)
+            given[type(command).__name__] += 1
+            subjects += msgspec.json.encode(command).count(b'"$personal"')
             if isinstance(command, Record):
                 kinds[command.kind] += 1
-                subjects += msgspec.json.encode(command).count(b'"$personal"')
+            if isinstance(command, Record | ChangeSession):
                 statuses[command.status] += 1
-            elif isinstance(command, OpenSession):
-                roles[command.agent_role] += 1
-            else:
-                statuses[command.status] += 1
-    assert kinds == {"message.user": 1189, "message.assistant": 1957, "message.system": 160, "tool.called": 928}
-    assert kinds.total() == 4234
-    assert statuses == {None: 3306, "ok": 872, "error": 56, "active": 160, "completed": 121, "failed": 39}
-    assert roles == {"airline-support": 160}
-    assert len(ids) == 4234 + 3 * 160
+            if isinstance(command, OpenSession):
+                assert command.agent_role == "airline-support"
+            if isinstance(command, CompleteTask):
+                statuses[f"is_error {command.is_error}"] += 1
+    assert kinds == {"message.user": 1189, "message.assistant": 1957, "message.system": 160, "tool.called": 731}
+    assert statuses == {None: 3306, "ok": 731, "active": 160, "completed": 121, "failed": 39} | {
+        "is_error True": 56,
+        "is_error False": 141,
+    }
+    tasks = dict.fromkeys(["SubmitTask", "RequestApproval", "CastVote", "CompleteTask"], 197)
+    assert given == {"OpenSession": 160, "ChangeSession": 320, "Record": 4037, **tasks}
+    assert len(ids) == given.total()
     assert subjects > 3000
