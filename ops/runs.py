@@ -151,7 +151,7 @@ class Mapping:
                 is_held = len(canonical(said.body)) <= BODY_BYTES_MAX  # else it will be refused
                 yield Step(where, said)
                 if role == "user" and is_held:
-                    self._asked_by = said.record_id
+                    self._asked_by = self._record_id(str(index))
                 for call in self._calls(index, message, said if is_held else None):
                     self._unanswered.append(call)
                     yield from (Step(where, command) for command in self._begun(call))
