@@ -22,7 +22,7 @@ def bench(
     rounds: int = 5,
     seconds: float = 3.0,
 ) -> None:
-    """All parts take about twelve minutes, and write RESULTS.md; some parts only print.
+    """All parts take about half an hour, and write RESULTS.md; some parts only print.
 
     Parameters
     ----------
@@ -75,6 +75,7 @@ def report(stage: Stage, parts: list[str], rounds: int, results: table.Results) 
         f"- medians of {rounds} rounds of {stage.seconds:g} s each, taken in turns; a ratio is of the same round",
         "- the mix: 20 % open, 40 % record, 20 % change, 20 % annotate; one event a command; one record in four has a",
         "  sealed personal value; replays are counted as answers",
+        *(line for part in parts for line in table.NOTES.get(part, ())),
         "",
         *table.rows(parts, results),
         "",

@@ -3,6 +3,7 @@
 Everything that a row of the table compares is measured in the same part, in turns.
 """
 
+import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -15,23 +16,38 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from ops.bench import serving
+from ops.bench import approvals, serving, table
 from ops.bench.load import requests
-from ops.bench.peers import PgBench, stock
+from ops.bench.peers import PgBench, queue, stock
 from ops.bench.serving import PROJECT, Server
 from ops.bench.stage import BenchError, Figures, Measure, Stage, run
+from ops.bench.tasks import SUBMITTED_EVERY_SECONDS
 from projections import VIEWS
 
 EVENTS_PER_SECOND = 2000
 BATCH_CONNECTIONS = 16
 REPLAYED_UNITS = 600
 SETTLED_SECONDS_MAX = 120
+FILLED_SECONDS = 3.0
+"""Where a measurement takes less, it is a trial of the bench itself: there are as many fewer approvals, and tasks."""
+TASKS = 10_000
+SUBMITTERS = 32
+TASK_WORKERS = 100
+AGENTS = 119
 
 _BEHIND = """
 SELECT v.view, l.size - coalesce(p.position, 0)
 FROM ledger.ledgers l CROSS JOIN unnest(%s::text[]) AS v (view)
 LEFT JOIN projections.positions p ON p.ledger_id = l.ledger_id AND p.view = v.view
 WHERE l.project_id = %s AND coalesce(p.position, 0) < l.size
+"""
+
+_SINCE = """
+SELECT count(*), count(*) FILTER (WHERE became <> '{TaskSubmitted,TaskClaimed,TaskCompleted}') FROM (
+    SELECT array_agg(e.type ORDER BY e.stream_version) AS became
+    FROM ledger.events e JOIN ledger.ledgers l USING (ledger_id)
+    WHERE l.project_id = %s AND e.position > %s GROUP BY e.stream_id
+) AS streams
 """
 
 Measures = dict[str, Measure]
@@ -117,6 +133,88 @@ def visible(stage: Stage) -> Iterator[Measures]:
 
 
 @contextmanager
+def pending(stage: Stage) -> Iterator[Measures]:
+    """The approvals that wait for people, by every filter, among twenty times as many."""
+    database = stage.new_database()
+    count = int(approvals.APPROVALS * min(1.0, stage.seconds / FILLED_SECONDS))
+    with serving.worker(stage, database):
+        asyncio.run(approvals.fill(stage.api(database), str(stage.keys), PROJECT, count))
+        settled(stage, database)
+
+    def measure() -> Figures:
+        told = {"url": stage.api(database), "project": PROJECT, "seconds": stage.seconds}
+        (figures,) = run(("approvals", told))
+        return Figures(**figures)
+
+    yield {"pending": measure}
+
+
+@contextmanager
+def tasks(stage: Stage) -> Iterator[Measures]:
+    """Tasks from submitted to completed, one a call, against queues on the same server."""
+    worked_on, inbox, alone = (stage.new_database() for _ in range(3))
+    jobs = int(TASKS * min(1.0, stage.seconds / FILLED_SECONDS))
+    crowd = {"submitters": SUBMITTERS, "workers": TASK_WORKERS, "jobs": jobs}
+    with (
+        serving.api(stage, worked_on) as api,
+        serving.worker(stage, worked_on),
+        serving.api(stage, inbox) as only_submitted,
+    ):
+
+        def over_http(what: str, jobs: int, by: str = "http") -> Figures:
+            settled(stage, worked_on)
+            before = stage.size(worked_on, PROJECT)
+            told = crowd | {"by": by, "what": what, "jobs": jobs, "token": api.token}
+            figures, sent = api.meet("tasks", **told)
+            all_completed_once(stage.owner(worked_on), before, sent)
+            return figures
+
+        def submit() -> Figures:
+            before = stage.size(inbox, PROJECT)
+            told = crowd | {"by": "http", "what": "submit", "workers": 0, "token": only_submitted.token}
+            figures, sent = only_submitted.meet("tasks", **told)
+            if stage.size(inbox, PROJECT) - before != sent:
+                raise BenchError(f"{sent} tasks were acknowledged, and the ledger did not grow by as many")
+            return figures
+
+        def in_process() -> Figures:
+            before = stage.size(alone, PROJECT)
+            told = {
+                "by": "committer",
+                "what": "all",
+                "url": stage.api(alone),
+                "keys": str(stage.keys),
+                "project": PROJECT,
+            }
+            (figures,) = run(("tasks", crowd | told))
+            all_completed_once(stage.owner(alone), before, figures.pop("sent"))
+            return Figures(**figures)
+
+        yield {
+            "tasks, HTTP": partial(over_http, "all", jobs),
+            "tasks, in process": in_process,
+            **{peer: partial(queue, stage, peer, **crowd) for peer in table.QUEUES},
+            "tasks submitted": submit,
+            "tasks, all wait": partial(over_http, "idle", int(stage.seconds / SUBMITTED_EVERY_SECONDS)),
+            "tasks, Python client": partial(over_http, "all", jobs // 10, "client"),
+        }
+
+
+@contextmanager
+def agents(stage: Stage) -> Iterator[Measures]:
+    """Agents at work, in one process, and the API in another, its worker beside it."""
+    database = stage.new_database()
+    told = {"keys": str(stage.keys), "url": stage.api(database), "project": PROJECT, "seconds": stage.seconds}
+    with serving.api(stage, database) as api, serving.worker(stage, database):
+
+        def measure(what: str) -> Figures:
+            settled(stage, database)
+            return api.meet("agents", **told, agents=AGENTS, what=what)[0]
+
+        yield {"119 agents": partial(measure, "work"), "decisions": partial(measure, "decision")}
+
+
+@contextmanager
 def redis(stage: Stage) -> Iterator[Measures]:
     """The same old commands sent again and again, to a process with the Redis copy and to one without."""
     database = stage.new_database()
@@ -141,6 +239,9 @@ PARTS: dict[str, Callable[[Stage], AbstractContextManager[Measures]]] = {
     "processes": processes,
     "http": http,
     "visible": visible,
+    "pending": pending,
+    "tasks": tasks,
+    "agents": agents,
     "redis": redis,
 }
 
@@ -192,6 +293,14 @@ def in_process(
     slowest = max(answers, key=lambda answer: answer["p99_ms"])
     worked = sum(answer["cpu_seconds"] for answer in answers)
     return Figures(count, longest, slowest["p50_ms"], slowest["p99_ms"], worked)
+
+
+def all_completed_once(url: str, after: int, tasks: int) -> None:
+    """That since then so many tasks, and nothing else, came into the ledger: each submitted, leased once, completed."""
+    with psycopg.connect(url) as connection:
+        found = connection.execute(_SINCE, [PROJECT, after]).fetchone()
+    if found != (tasks, 0):
+        raise BenchError(f"{tasks} tasks were completed; the ledger has others (all streams, those not so): {found}")
 
 
 def settled(stage: Stage, database: str) -> None:

@@ -1,4 +1,4 @@
-"""The peers: pgbench, which inserts the same rows and does nothing else, and eventsourcing as it comes.
+"""The peers: pgbench, which inserts the same rows and does nothing else; eventsourcing, and queues, as they come.
 
 pgbench's rows are copies of rows that the committer wrote, kind by kind in the mix's shares, in the same tables
 with the same indexes: an event and its command in one statement, that statement one transaction. Ids and
@@ -23,6 +23,8 @@ SQL = queries("ops.bench", "peers")
 
 CEILING_ROWS = 1000
 KINDS = 10
+PGBOSS = Path(__file__).with_name("pgboss")
+NODE_VERSION_MIN = 20
 LEDGER = UUID(int=1)
 
 
@@ -93,6 +95,39 @@ def find_pgbench(stage: Stage) -> Path:
         if path and Path(path).exists():
             return Path(path)
     raise BenchError("pgbench not found: it comes with the embedded extra and with PostgreSQL's client programs")
+
+
+def install_pgboss(stage: Stage) -> Path:
+    """The directory in which pg-boss is, with its packages as they are locked. Raises BenchError."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if not node or not npm:
+        raise BenchError("pg-boss needs node and npm, which are not installed")
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.strip("v").split(".")[0]) < NODE_VERSION_MIN:
+        raise BenchError(f"pg-boss needs node {NODE_VERSION_MIN}, and this is {version}")
+    there = stage.directory / "pgboss"
+    if there.exists():
+        return there
+    shutil.copytree(PGBOSS, there)
+    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    done = subprocess.run(command, cwd=there, capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(there)
+        raise BenchError(f"pg-boss could not be installed: {done.stderr.strip()}")
+    return there
+
+
+def queue(stage: Stage, peer: str, **told: Any) -> Figures:
+    """A queue of tasks in a database of its own, tasks a second."""
+    known: dict[str, Any] = {
+        "peer": peer,
+        "directory": str(stage.server.socket_directory),
+        "database": stage.new_database(),
+    }
+    if peer == "pg-boss":
+        known |= {"node": shutil.which("node"), "script": str(install_pgboss(stage) / "pgboss.js")}
+    (figures,) = run(("queues", known | told))
+    return Figures(**figures)
 
 
 def stock(stage: Stage, database: str, callers: int) -> Figures:

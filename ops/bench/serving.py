@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from api.auth import development_token
 from ops.bench.stage import BenchError, Figures, Stage, environment, run
@@ -36,13 +37,17 @@ class Server:
         """Send the requests in `file` again and again."""
         return self._load(what="again", file=str(file))[0]
 
-    def _load(self, connections: int = CONNECTIONS, **told: str) -> tuple[Figures, int]:
-        known = {"port": self._port, "token": self.token, "connections": connections, "seconds": self._stage.seconds}
+    def meet(self, program: str, **told: Any) -> tuple[Figures, int]:
+        """What a program measured of this server, and what it sent in all; the CPU time is the server's."""
         worked = cpu_seconds(self._pid)
-        (figures,) = run(("load", known | told))
+        (figures,) = run((program, {"port": self._port} | told))
         worked = cpu_seconds(self._pid) - worked
-        sent = figures.pop("sent")
-        return Figures(**figures, cpu_seconds=worked * figures["count"] / sent), sent
+        sent: int = figures.pop("sent")
+        return Figures(**figures | {"cpu_seconds": worked * figures["count"] / sent}), sent
+
+    def _load(self, connections: int = CONNECTIONS, **told: str) -> tuple[Figures, int]:
+        seconds = self._stage.seconds
+        return self.meet("load", token=self.token, connections=connections, seconds=seconds, **told)
 
 
 @contextmanager

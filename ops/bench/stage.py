@@ -32,6 +32,7 @@ class Figures(msgspec.Struct, frozen=True):
     count: int
     seconds: float
     p50_ms: float | None = None
+    p95_ms: float | None = None
     p99_ms: float | None = None
     cpu_seconds: float | None = None
     """What the measured process itself used; PostgreSQL's share is not in it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -17,14 +17,21 @@ Results: TypeAlias = Mapping[str, Sequence[Figures] | str]
 
 
 class Row(msgspec.Struct, frozen=True):
-    """`over` / `under` is to be at least `at_least`; or, absolute, the p99 of `over` at most `at_least` ms."""
+    """`over` / `under` is to be at least `at_least`; or, absolute, `of` of `over`: a time at most `at_least` ms."""
 
     text: str
     over: str
     under: str | None
     at_least: float | None = None
     aim: float | None = None
+    of: Literal["p99_ms", "p95_ms", "rate"] = "p99_ms"
 
+    @property
+    def is_time(self) -> bool:
+        return self.under is None and self.of != "rate"
+
+
+QUEUES = ("procrastinate", "pgqueuer", "pg-boss")
 
 ROWS = {
     "committer": [
@@ -57,10 +64,67 @@ ROWS = {
     "visible": [
         Row("commit to visible in every view, p99 at 2,000 events/s (ms, absolute)", "visible", None, 20, 10),
     ],
+    "pending": [
+        Row(
+            "5,000 pending approvals of 100,000: a page of the slowest list, p99 (ms, absolute)",
+            "pending",
+            None,
+            50,
+            20,
+        ),
+    ],
+    "tasks": [
+        Row(
+            "tasks submitted over HTTP by 32 callers, one a call (a second, absolute)",
+            "tasks submitted",
+            None,
+            1000,
+            of="rate",
+        ),
+        Row(
+            "tasks from submitted to completed over HTTP, 100 workers (a second, absolute)",
+            "tasks, HTTP",
+            None,
+            500,
+            of="rate",
+        ),
+        Row(
+            "from sending a task until one of 100 waiting workers has it, p95 (ms, absolute)",
+            "tasks, all wait",
+            None,
+            50,
+            of="p95_ms",
+        ),
+        *(Row(f"tasks over HTTP / {peer}", "tasks, HTTP", peer, 1) for peer in QUEUES),
+        *(Row(f"tasks in process / {peer}", "tasks, in process", peer, 1) for peer in QUEUES),
+    ],
+    "agents": [
+        Row("119 agents at work, the kind of call that is slowest, p99 (ms, absolute)", "119 agents", None, 100),
+        Row("from sending a vote until the agent that waits has it, p99 (ms, absolute)", "decisions", None, 50),
+    ],
     "redis": [
         Row("replays of old ids over HTTP, with the Redis copy / without", "replays, Redis copy", "replays, no Redis"),
     ],
 }
+
+NOTES = {
+    "tasks": [
+        "- tasks: 10,000 that do nothing (fewer in rounds under 3 s), from the first submitted to the last on record",
+        "  as completed; 32 submit and 100 work at the same time, all in one process, one job a call; a job handed out",
+        "  twice is a failure.",
+        "  Over HTTP an API process and a worker with every view run beside them; in process there is neither.",
+        "  On the same server, each time in a new database: five of procrastinate's workers with concurrency 20; five",
+        "  of pgqueuer's queue managers with batches of one, on asyncpg; 100 loops of pg-boss's fetch and complete,",
+        "  for its own worker sleeps after each job, in its last release for Node 20. The Python client: a tenth of",
+        "  the tasks, and a client for each who submits or works",
+    ],
+    "agents": [
+        "- agents: each opens a session, submits and claims a task, asks, is answered, uses it, completes and closes,",
+        "  again and again without a pause, beside a person who decides; all that was acknowledged is then looked for",
+        "  in the ledger",
+    ],
+}
+"""What was compared, where the row does not say it."""
 
 
 def rows(parts: Sequence[str], results: Results) -> list[str]:
@@ -88,15 +152,15 @@ def measured(row: Row, results: Results) -> list[float] | str:
     assert not isinstance(over, str)
     assert not isinstance(under, str)
     if row.under is None:
-        return [figures.p99_ms or 0.0 for figures in over]
+        return [getattr(figures, row.of) or 0.0 for figures in over]
     return [one.rate / other.rate for one, other in zip(over, under, strict=True)]
 
 
 def _verdict(row: Row, value: float) -> str:
-    if row.at_least is None or row.aim is None:
+    if row.at_least is None:
         return ""
-    sign = -1 if row.under is None else 1
-    if sign * value >= sign * row.aim:
+    sign = -1 if row.is_time else 1
+    if row.aim is not None and sign * value >= sign * row.aim:
         return "aim reached"
     return "reached" if sign * value >= sign * row.at_least else "**missed**"
 
@@ -104,7 +168,7 @@ def _verdict(row: Row, value: float) -> str:
 def _goal(row: Row, goal: float | None) -> str:
     if goal is None:
         return ""
-    return f"at most {goal:g} ms" if row.under is None else f"{goal:g}"
+    return f"at most {goal:g} ms" if row.is_time else f"{goal:g}"
 
 
 def figures(results: Results) -> list[str]:

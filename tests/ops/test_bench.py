@@ -1,19 +1,26 @@
 """That the bench measures what it says, at sizes at which its figures mean nothing."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from ledger.commands import ClaimTasks, CompleteTask, SubmitTask
 from ledger.committer import Committer
 from ledger.postgres import open_pool
 from ledger.vault import Vault
 from ops.bench import mix, table
-from ops.bench.parts import PARTS
-from ops.bench.stage import Figures
+from ops.bench.agents import Log, look_for
+from ops.bench.parts import PARTS, all_completed_once
+from ops.bench.serving import PROJECT
+from ops.bench.stage import BenchError, Figures
+from ops.bench.tasks import Handed
 from ops.bench.visible import lags_ms
 from tests.conftest import Database
 
@@ -21,6 +28,8 @@ from tests.conftest import Database
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_fills_its_rows_of_the_table(part: str) -> None:
+    if part == "tasks" and not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("pg-boss, which tasks are compared with, needs node and npm, which are not installed")
     command = [sys.executable, "-m", "ops.bench", part, "--rounds", "1", "--seconds", "0.2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
@@ -93,3 +102,68 @@ def test_the_verdict_is_of_the_median_of_the_rounds_ratios() -> None:
     assert lines[5].endswith("| **0.50** | 0.10 - 0.90 | 0.45 | 0.6 | reached |")
     visible = table.rows(["visible"], {"visible": rounds(100, 66, 50)})
     assert visible[2].endswith("| **15.2** | 10.0 - 20.0 | at most 20 ms | at most 10 ms | reached |")
+
+
+def test_a_rate_is_to_be_as_high_and_a_time_as_low_as_the_row_says() -> None:
+    results: dict[str, list[Figures] | str] = dict.fromkeys(table.QUEUES, "not found")
+    results |= {"tasks, in process": "not found", "tasks, HTTP": [Figures(499, 1.0), Figures(490, 1.0)]}
+    results["tasks submitted"] = [Figures(1000, 1.0), Figures(2000, 1.0)]
+    results["tasks, all wait"] = [Figures(50, 1.0, p95_ms=49.0, p99_ms=90.0)]
+    submitted, completed, waited = table.rows(["tasks"], results)[2:5]
+    assert submitted.endswith("| **1500.0** | 1000.0 - 2000.0 | 1000 |  | reached |")
+    assert completed.endswith("| **494.5** | 490.0 - 499.0 | 500 |  | **missed** |")
+    assert waited.endswith("| **49.0** | 49.0 - 49.0 | at most 50 ms |  | reached |")
+
+
+def test_a_task_that_two_workers_have_is_noticed() -> None:
+    handed, task_id = Handed(), uuid4()
+    handed.take(task_id)
+    with pytest.raises(ValueError, match="leased twice"):
+        handed.take(task_id)
+
+
+async def test_a_task_that_was_not_leased_once_and_completed_is_found_in_the_ledger(
+    database: Database, tmp_path: Path
+) -> None:
+    async with open_pool(database.api) as pool:
+        committer = Committer(pool, Vault(tmp_path, pool, create_keys=True), create_ledgers=True)
+
+        async def submit(command: Any) -> Any:
+            return (await committer.submit(PROJECT, command, mix.AGENT)).state
+
+        await submit(SubmitTask(kind="k"))
+        (task,) = await submit(ClaimTasks(worker="w", kinds=("k",)))
+        with pytest.raises(BenchError, match=r"\(1, 1\)"):
+            all_completed_once(database.owner, 0, 1)
+        await submit(CompleteTask(task_id=task.task_id, lease_id=task.lease_id))
+        all_completed_once(database.owner, 0, 1)
+        with pytest.raises(BenchError):
+            all_completed_once(database.owner, 0, 2)
+        await committer.close()
+
+
+async def test_what_was_acknowledged_and_is_not_in_the_ledger_as_it_was_said_is_noticed(
+    database: Database, tmp_path: Path
+) -> None:
+    async with open_pool(database.api) as pool, pool.connection() as connection:
+        committer = Committer(pool, Vault(tmp_path, pool, create_keys=True), create_ledgers=True)
+        receipt = await committer.submit(PROJECT, SubmitTask(kind="k"), mix.AGENT)
+        ledger = await committer.ledger(PROJECT)
+        assert ledger is not None
+        key = (mix.AGENT.principal, receipt.command_id)
+
+        def said(status: int, state: str) -> Log:
+            log = Log()
+            log.commands[key], log.ends_as[receipt.state.task_id] = status, state
+            return log
+
+        await look_for(connection, ledger.ledger_id, said(201, "queued"))
+        with pytest.raises(ValueError, match="was said to be completed"):
+            await look_for(connection, ledger.ledger_id, said(201, "completed"))
+        with pytest.raises(ValueError, match="was answered with 200"):
+            await look_for(connection, ledger.ledger_id, said(200, "queued"))
+        lost = said(201, "queued")
+        lost.commands[key[0], "lost"] = 200
+        with pytest.raises(ValueError, match="lost"):
+            await look_for(connection, ledger.ledger_id, lost)
+        await committer.close()
