@@ -292,7 +292,7 @@ def in_process(
     longest = max(answer["seconds"] for answer in answers)
     slowest = max(answers, key=lambda answer: answer["p99_ms"])
     worked = sum(answer["cpu_seconds"] for answer in answers)
-    return Figures(count, longest, slowest["p50_ms"], slowest["p99_ms"], worked)
+    return Figures(count, longest, slowest["p50_ms"], p99_ms=slowest["p99_ms"], cpu_seconds=worked)
 
 
 def all_completed_once(url: str, after: int, tasks: int) -> None:
