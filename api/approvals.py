@@ -14,7 +14,7 @@ from api.headers import agree
 from api.http import READ, Answer, Call, Operation, encode
 from api.reading import Listing, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
 from api.use_tokens import KeySet
-from ledger import errors, store
+from ledger import errors
 from ledger.approval_state import Approval, State
 from ledger.commands import (
     BeginUse,
@@ -30,11 +30,9 @@ from ledger.commands import (
     WithdrawApproval,
     WithdrawVote,
 )
-from ledger.errors import NotFound
 from ledger.postgres import Connection
-from ledger.replay import fold
 from ledger.values import Line, Risk
-from projections import Freshness, approvals
+from projections import approvals
 
 ONE = "/approvals/{approval_id:str}"
 
@@ -136,14 +134,6 @@ async def list_approvals(call: Call, query: ApprovalQuery) -> Answer:
     return Answer(200, encode(answer), seen(at))
 
 
-async def _load(connection: Connection, ledger_id: UUID, approval_id: UUID, at: Freshness) -> Approval | None:
-    """The approval as of `at`: from the view if it is there already, else from its stream."""
-    if not at.behind:
-        return await approvals.get(connection, ledger_id, approval_id)
-    state = fold(await store.read_streams(connection, ledger_id, [approval_id]))
-    return state if isinstance(state, Approval) else None
-
-
 @reading(
     ONE,
     tag="approvals",
@@ -156,14 +146,11 @@ async def get_approval(call: Call, query: Single) -> Answer:
     """One approval, as it is now.
 
     Who waits for the decision asks with If-None-Match and `wait_seconds`, and is answered as soon as it changes."""
-    ledger_id, approval_id = call.ledger_id, call.path_id("approval_id", "approval")
-    assert ledger_id is not None
 
     async def beside(_: Connection, approval: Approval) -> dict[str, Any]:
         return {"seconds_left": resources.seconds_left(approval)}
 
-    missing = NotFound(what="approval", id=approval_id)
-    return await single(call, query, "approvals", missing, lambda c, at: _load(c, ledger_id, approval_id, at), beside)
+    return await single(call, query, "approval", approvals.get, beside)
 
 
 ROUTES = [

@@ -38,7 +38,7 @@ from ledger.entry import canonical
 from ledger.errors import MalformedRequest, MunimentError, NotFound
 from ledger.replay import ANSWERED_AS_IT_IS
 from ledger.syntax import explain, read_command
-from ledger.values import Line
+from ledger.values import Line, Principal
 
 COMMANDS_MAX = 1000
 
@@ -239,7 +239,7 @@ async def _beside(call: Call, receipt: Receipt) -> dict[str, Any]:
     state = receipt.state
     if receipt.type == ANSWERED_AS_IT_IS:
         return {"seconds_left": resources.seconds_left(state)}
-    if receipt.type == "BeginUse" and call.caller.actor.principal == f"{state.requester.issuer}#{state.requester.sub}":
+    if receipt.type == "BeginUse" and Principal.of(call.caller.actor) == state.requester:
         return {"use_token": await call.api.signer.token(call.caller.project_id, state)}
     return {}
 

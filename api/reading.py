@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
+from uuid import UUID
 
 from litestar import Request, route
 from litestar.handlers import HTTPRouteHandler
@@ -16,17 +17,19 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from api import resources
 from api.http import READ, Answer, Call, Operation, convert
 from api.resources import Resource
-from ledger import errors
+from ledger import errors, store
+from ledger.batch import RULES
 from ledger.errors import MalformedRequest, NotFound
 from ledger.postgres import Connection
+from ledger.replay import fold
 from ledger.values import Count
 from projections import Freshness, caught_up
 
 PARAMETERS_MAX = 50
 LIMIT_MAX = 200
 WAIT_SECONDS_MAX = 60
-LOOK_SECONDS = 0.25
-"""How often a change that is waited for is looked for; one that is made in this process is known at once."""
+LOOK_SECONDS = 1.0
+"""How often a change is looked for of which this process was not told."""
 
 REFUSALS = (
     errors.MalformedRequest,
@@ -195,7 +198,7 @@ async def _look(call: Call, view: str) -> Freshness:
 
 # One thing
 
-Load = Callable[[Connection, Freshness], Awaitable[Resource | None]]
+Get = Callable[[Connection, UUID, UUID], Awaitable[Resource | None]]
 Beside = Callable[[Connection, Any], Awaitable[dict[str, Any]]]
 
 
@@ -203,11 +206,18 @@ async def _nothing(connection: Connection, state: Any) -> dict[str, Any]:
     return {}
 
 
-async def single(
-    call: Call, query: Single, view: str, missing: NotFound, load: Load, beside: Beside = _nothing
-) -> Answer:
-    """The one thing that `load` finds as of a head of the ledger, and what there is now `beside` it; with
-    If-None-Match, once it has changed or the time is up, which it is as well when the process is to end."""
+async def replay(connection: Connection, ledger_id: UUID, what: str, stream_id: UUID) -> Any:
+    """The state of a stream of the type `what`, as its own events make it; None if there is no such one."""
+    state = fold(await store.read_streams(connection, ledger_id, [stream_id]))
+    return state if isinstance(state, RULES[what][1]) else None
+
+
+async def single(call: Call, query: Single, what: str, get: Get, beside: Beside = _nothing) -> Answer:
+    """The one `what` (a stream type) that the path names, as of a head of the ledger: by `get` if its view is there
+    already, else from its stream; and what there is now `beside` it. With If-None-Match, once it has changed or the
+    time is up, which it is as well when the process is to end. Raises NotFound."""
+    stream_id, view, ledger_id = call.path_id(f"{what}_id", what), f"{what}s", call.ledger_id
+    assert ledger_id is not None
     loop = asyncio.get_running_loop()
     until = loop.time() + query.wait_seconds
     known = call.headers.get(b"if-none-match")
@@ -215,9 +225,12 @@ async def single(
     at = await head(call, query, view)
     while True:
         async with call.connection() as connection:
-            state = await load(connection, at)
+            if at.behind:
+                state = await replay(connection, ledger_id, what, stream_id)
+            else:
+                state = await get(connection, ledger_id, stream_id)
             if state is None:
-                raise missing
+                raise NotFound(what=what, id=stream_id)
             known_beside = await beside(connection, state)
         etag = resources.etag(state)
         headers = [(b"etag", etag), (b"ledger-position", b"%d" % at.head)]

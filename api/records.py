@@ -10,7 +10,6 @@ from api.commands import commanding
 from api.http import Answer, Call, encode
 from api.reading import Listing, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
 from ledger.commands import Kind, Moment, Record
-from ledger.errors import NotFound
 from ledger.record import RecordedFact
 from ledger.values import Line
 from projections import records
@@ -82,10 +81,7 @@ async def list_records(call: Call, query: RecordQuery) -> Answer:
 )
 async def get_record(call: Call, query: Single) -> Answer:
     """One record."""
-    ledger_id, record_id = call.ledger_id, call.path_id("record_id", "record")
-    assert ledger_id is not None
-    missing = NotFound(what="record", id=record_id)
-    return await single(call, query, "records", missing, lambda c, _: records.get(c, ledger_id, record_id))
+    return await single(call, query, "record", records.get)
 
 
 ROUTES = [commanding("POST", "/records", Record, listed=True), list_records, get_record]

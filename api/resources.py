@@ -13,13 +13,12 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ledger.approval import Approval, due
+from ledger.approval import Approval, next_due
 from ledger.record import RecordedFact
 from ledger.session import Session, State
 from ledger.task import Task
 from ledger.values import Principal, Stamp, moment
 from ledger.vault import Place, Vault
-from projections.approvals import END_OF_TIME
 from projections.tasks import Attempt
 
 Resource: TypeAlias = Session | RecordedFact | Task | Approval
@@ -168,17 +167,16 @@ def _of_approval(approval: Approval) -> dict[str, Any]:
 
 def seconds_left(approval: Approval, at: datetime | None = None) -> int | None:
     """What is left at a moment, now by default, of the time that runs for it; None where none does."""
-    ends = due(approval, END_OF_TIME)
+    ends = next_due(approval)
     if ends is None:
         return None
     return max(0, int((moment(ends.deadline) - (at or datetime.now(UTC))).total_seconds()))
 
 
 def _electorate(approval: Approval) -> Electorate:
-    """As the rules have it (`ledger.approval`)."""
-    excluded = [approval.requester, *approval.on_behalf_of, *(vote.voter for vote in approval.votes)]
-    if approval.edited_by is not None and approval.quorum.approve > 1:
-        excluded.append(approval.edited_by)
+    excluded = [*approval.askers, *(vote.voter for vote in approval.votes)]
+    if approval.barred_editor is not None:
+        excluded.append(approval.barred_editor)
     return Electorate(roles=approval.quorum.roles, excluded=list(dict.fromkeys(excluded)))
 
 

@@ -1,7 +1,6 @@
 """Sessions over HTTP."""
 
 from typing import Annotated, Any, Literal
-from uuid import UUID
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -9,15 +8,14 @@ from api import resources
 from api.commands import commanding
 from api.events import FORMS, Listed, find, show
 from api.http import Answer, Call, encode
-from api.reading import LIMIT_MAX, Fresh, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
+from api.reading import LIMIT_MAX, Fresh, Single, SingleHeaders, fresh, given, or_none, reading, replay, seen, single
 from ledger import store
 from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Moment, OpenSession, Status
 from ledger.errors import MalformedRequest, NotFound
 from ledger.postgres import Connection
-from ledger.replay import fold
 from ledger.session import Session
 from ledger.values import Line
-from projections import Freshness, audit, sessions
+from projections import audit, sessions
 
 
 class SessionQuery(Fresh, kw_only=True, forbid_unknown_fields=True):
@@ -98,19 +96,6 @@ async def list_sessions(call: Call, query: SessionQuery) -> Answer:
     return Answer(200, encode(shown), seen(at))
 
 
-async def load(connection: Connection, ledger_id: UUID, session_id: UUID, at: Freshness) -> Session | None:
-    """The session as of `at`: from the view if it is there already, else from its stream."""
-    if not at.behind:
-        return await sessions.get(connection, ledger_id, session_id)
-    return await replay(connection, ledger_id, session_id)
-
-
-async def replay(connection: Connection, ledger_id: UUID, session_id: UUID) -> Session | None:
-    """The session as its own events make it."""
-    state = fold(await store.read_streams(connection, ledger_id, [session_id]))
-    return state if isinstance(state, Session) else None
-
-
 @reading(
     "/sessions/{session_id:str}",
     tag="sessions",
@@ -121,15 +106,13 @@ async def replay(connection: Connection, ledger_id: UUID, session_id: UUID) -> S
 )
 async def get_session(call: Call, query: Single) -> Answer:
     """One session, as it is now; with the approvals that it waits on, which are not of its version."""
-    ledger_id, session_id = call.ledger_id, call.path_id("session_id", "session")
-    assert ledger_id is not None
 
     async def waiting_on(connection: Connection, session: Session) -> dict[str, Any]:
-        waited_on = await store.read_waited_on(connection, ledger_id, [session_id])
-        return {"waiting_on": waited_on.get(session_id, [])}
+        assert call.ledger_id is not None
+        waited_on = await store.read_waited_on(connection, call.ledger_id, [session.session_id])
+        return {"waiting_on": waited_on.get(session.session_id, [])}
 
-    missing = NotFound(what="session", id=session_id)
-    return await single(call, query, "sessions", missing, lambda c, at: load(c, ledger_id, session_id, at), waiting_on)
+    return await single(call, query, "session", sessions.get, waiting_on)
 
 
 @reading(
@@ -146,7 +129,7 @@ async def get_session_events(call: Call, query: Listed) -> Answer:
     at = await fresh(call, "audit", query)
     async with call.connection() as connection:
         known = await sessions.get(connection, call.ledger_id, session_id)
-        if known is None and await replay(connection, call.ledger_id, session_id) is None:
+        if known is None and await replay(connection, call.ledger_id, "session", session_id) is None:
             raise NotFound(what="session", id=session_id)
     return await show(call, await find(call, query, audit.Filter(session=session_id)), seen(at))
 

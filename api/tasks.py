@@ -48,13 +48,11 @@ from ledger.commands import (
 )
 from ledger.errors import LeaseLost, MalformedRequest, NotFound
 from ledger.known import offer
-from ledger.postgres import Connection
-from ledger.replay import fold
 from ledger.syntax import explain
 from ledger.task import State, Task
 from ledger.values import Line
 from ledger.vault import Place
-from projections import Freshness, tasks
+from projections import tasks
 from projections.tasks import Attempt
 
 KIND_CHARACTERS_MAX = 100
@@ -179,7 +177,8 @@ async def _keep_lease(call: Call, receive: Receive) -> Answer:
             if clock.stale:
                 await clock.measure(connection)
             lease_until = clock.now() + timedelta(seconds=heartbeat.lease_seconds)
-            until = await store.heartbeat(connection, ledger_id, task_id, heartbeat.lease_id, lease_until)
+            holder = call.caller.actor.principal
+            until = await store.heartbeat(connection, ledger_id, task_id, heartbeat.lease_id, holder, lease_until)
     if until is None:
         raise LeaseLost(id=task_id, lease_id=heartbeat.lease_id)
     return Answer(204)
@@ -263,14 +262,6 @@ async def list_dead_letters(call: Call, query: DeadLetterQuery) -> Answer:
     return await _list(call, query, msgspec.structs.replace(given(query, tasks.Filter), state="dead"))
 
 
-async def _load(connection: Connection, ledger_id: UUID, task_id: UUID, at: Freshness) -> Task | None:
-    """The task as of `at`: from the view if it is there already, else from its stream."""
-    if not at.behind:
-        return await tasks.get(connection, ledger_id, task_id)
-    state = fold(await store.read_streams(connection, ledger_id, [task_id]))
-    return state if isinstance(state, Task) else None
-
-
 @reading(
     "/tasks/{task_id:str}",
     tag="tasks",
@@ -281,10 +272,7 @@ async def _load(connection: Connection, ledger_id: UUID, task_id: UUID, at: Fres
 )
 async def get_task(call: Call, query: Single) -> Answer:
     """One task, as it is now."""
-    ledger_id, task_id = call.ledger_id, call.path_id("task_id", "task")
-    assert ledger_id is not None
-    missing = NotFound(what="task", id=task_id)
-    return await single(call, query, "tasks", missing, lambda c, at: _load(c, ledger_id, task_id, at))
+    return await single(call, query, "task", tasks.get)
 
 
 @reading(

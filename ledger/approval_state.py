@@ -110,6 +110,16 @@ class Approval(Struct, frozen=True, kw_only=True):
         """The one that is being run."""
         return self.executions[-1] if self.state == "executing" else None
 
+    @property
+    def askers(self) -> tuple[Principal, ...]:
+        """Who asked, and whoever it was asked for: none of them ever votes on it."""
+        return (self.requester, *self.on_behalf_of)
+
+    @property
+    def barred_editor(self) -> Principal | None:
+        """Whoever edited it, where one approval is not enough: they do not vote on it either."""
+        return self.edited_by if self.quorum.approve > 1 else None
+
 
 # What an approval is after an event
 
@@ -184,7 +194,7 @@ def _changed(approval: Approval, event: Event[Any]) -> dict[str, Any]:
         case VoteCast():
             return {"votes": (*approval.votes, _cast(event))}
         case VoteWithdrawn():
-            gone = Principal(event.actor.issuer, event.actor.sub)
+            gone = Principal.of(event.actor)
             return {"votes": tuple(vote for vote in approval.votes if vote.voter != gone)}
         case ApprovalGranted():
             return {"approved_until": data.approved_until}
@@ -207,9 +217,7 @@ def _changed(approval: Approval, event: Event[Any]) -> dict[str, Any]:
 def _cast(event: Event[VoteCast]) -> Vote:
     data = event.data
     return Vote(
-        voter=Principal(data.voter.issuer, data.voter.sub)
-        if data.voter
-        else Principal(event.actor.issuer, event.actor.sub),
+        voter=Principal.of(data.voter or event.actor),
         verdict=data.verdict,
         digest_seen=data.digest_seen,
         reason=data.reason,
@@ -242,18 +250,23 @@ def _state_after_use(approval: Approval, event: Event[Any]) -> State:
 # What follows from it
 
 
-def due(approval: Approval, now: Stamp) -> Due | None:
-    """What must come before anything else is decided on this approval."""
-    expiry: Due | None = None
+def next_due(approval: Approval) -> Due | None:
+    """What its time will bring, unless something else comes before."""
     if approval.imported:
         return None
     if approval.state == "pending":
-        expiry = ExpireApproval(approval_id=approval.approval_id, deadline=approval.expires_at)
-    elif approval.state == "approved" and approval.approved_until is not None:
-        expiry = LapseApproval(approval_id=approval.approval_id, deadline=approval.approved_until)
-    elif approval.execution is not None:
-        expiry = MissOutcome(approval_id=approval.approval_id, deadline=approval.execution.outcome_by)
-    return expiry if expiry is not None and expiry.deadline <= now else None
+        return ExpireApproval(approval_id=approval.approval_id, deadline=approval.expires_at)
+    if approval.state == "approved" and approval.approved_until is not None:
+        return LapseApproval(approval_id=approval.approval_id, deadline=approval.approved_until)
+    if approval.execution is not None:
+        return MissOutcome(approval_id=approval.approval_id, deadline=approval.execution.outcome_by)
+    return None
+
+
+def due(approval: Approval, now: Stamp) -> Due | None:
+    """What must come before anything else is decided on this approval."""
+    following = next_due(approval)
+    return following if following is not None and following.deadline <= now else None
 
 
 def item(approval: Approval) -> OpenItem | None:

@@ -117,9 +117,9 @@ class Batch:
         state = self.streams.get(stream_id, _UNREAD)
         return self._known.stream(stream_id) if state is _UNREAD else state
 
-    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
-        items = self.items.get(root_session_id)
-        return self._known.open_items(root_session_id) if items is None else items
+    def open_items(self, root: UUID) -> Mapping[UUID, OpenItem]:
+        items = self.items.get(root)
+        return self._known.open_items(root) if items is None else items
 
     @property
     def actor(self) -> Actor:
@@ -232,7 +232,7 @@ class Batch:
         """Record the facts, and then, in the same commit, what follows from them, level by level."""
         if not facts and (pending.actor is SYSTEM or isinstance(pending.command, ClaimTasks)):
             # Too early, too late, or nothing to be had: no trace, for the same id may find something the next time.
-            return _said(self._row(pending, 200, 0, 0), () if isinstance(pending.command, ClaimTasks) else state)
+            return said(self._row(pending, 200, 0, 0), () if isinstance(pending.command, ClaimTasks) else state)
         row = len(self.append.commands)
         after = self.size + len(facts)
         triggers = deque((pending, event) for event in self._record(pending, state, facts))
@@ -416,8 +416,8 @@ class Batch:
         if after.state == "queued" and (before is None or before.state != "queued"):
             self._offered_here.setdefault(after.kind, deque()).append(after.task_id)
 
-    def _items_of(self, root_session_id: UUID) -> dict[UUID, OpenItem]:
-        return self.items.setdefault(root_session_id, dict(self.open_items(root_session_id)))
+    def _items_of(self, root: UUID) -> dict[UUID, OpenItem]:
+        return self.items.setdefault(root, dict(self.open_items(root)))
 
     def _row(self, pending: Pending, status: int, first: int, count: int) -> CommandRow:
         kind = type(pending.command).__name__
@@ -426,7 +426,7 @@ class Batch:
         return CommandRow(*key, mark, kind, target, status, first if count else 0, count, self.size)
 
     def _receipt(self, pending: Pending, row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:
-        receipt = self.receipts[pending.key] = _said(row, state, refusal)
+        receipt = self.receipts[pending.key] = said(row, state, refusal)
         return receipt
 
 
@@ -443,7 +443,8 @@ def _refused(pending: Pending, refusal: MunimentError) -> CommandRefused:
     )
 
 
-def _said(row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:
+def said(row: CommandRow, state: Any, refusal: MunimentError | None = None, *, replayed: bool = False) -> Receipt:
+    """The receipt of the command that did what `row` says."""
     return Receipt(
         command_id=row.command_id,
         type=row.type,
@@ -454,6 +455,7 @@ def _said(row: CommandRow, state: Any, refusal: MunimentError | None = None) -> 
         seen_position=row.seen_position,
         state=state,
         refusal=refusal,
+        replayed=replayed,
     )
 
 

@@ -62,8 +62,8 @@ class Known(Protocol):
         """The state of a stream, None where there is none. Raises NotLoaded."""
         ...
 
-    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
-        """What is open under a root session. Raises NotLoaded."""
+    def open_items(self, root: UUID) -> Mapping[UUID, OpenItem]:
+        """What is open under a root, as `World` has it. Raises NotLoaded."""
         ...
 
     def refusals_left(self, principal: str) -> int:

@@ -79,11 +79,11 @@ class Memory:
         except KeyError:
             raise NotLoaded(stream=stream_id) from None
 
-    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
+    def open_items(self, root: UUID) -> Mapping[UUID, OpenItem]:
         try:
-            return self.items[root_session_id]
+            return self.items[root]
         except KeyError:
-            raise NotLoaded(root=root_session_id) from None
+            raise NotLoaded(root=root) from None
 
     def refusals_left(self, principal: str) -> int:
         return self._refusals.left(self.ledger_id, principal)

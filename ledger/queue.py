@@ -1,8 +1,8 @@
 """What decisions read besides their own stream, kept in the append transaction.
 
-A rule sees the `World` and nothing else: the time of its batch, other streams by id, and what is open
-under a session. Everything here can be rebuilt from the events; nothing here is a view, for a view may be
-behind and a decision may not.
+A rule sees the `World` and nothing else: who asks, the time of its batch, other streams by id, what is open
+under a root, and what is on offer. Everything here can be rebuilt from the events; nothing here is a view, for a
+view may be behind and a decision may not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ledger.system import Due
 from ledger.values import Actor, Stamp
 
 OPEN_ITEMS_MAX = 1000
-"""Open items under one root session, so that what a single cancel can set off is bounded."""
+"""Open items under one root, so that what a single cancel can set off is bounded."""
 
 
 class World(Protocol):
@@ -65,7 +65,7 @@ class World(Protocol):
         """When the task's lease really ends, heartbeats included; None if it has none."""
         ...
 
-    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
+    def open_items(self, root: UUID) -> Mapping[UUID, OpenItem]:
         """What is open anywhere under a root: the topmost session, or what stands for it where there is none."""
         ...
 

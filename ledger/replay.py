@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from ledger import store
-from ledger.batch import RULES
+from ledger.batch import RULES, said
 from ledger.commands import Receipt
 from ledger.entry import Event, Recorded
 from ledger.errors import ERRORS, LeaseLost, MunimentError
@@ -64,20 +64,10 @@ async def recall(connection: Connection, ledger_id: UUID, rows: Sequence[Command
         return fold(r for r in histories.get(stream_id, ()) if as_it_is or r.position <= row.seen_position)
 
     def receipt(row: CommandRow) -> Receipt:
-        refused = row.status >= 400
+        if row.status >= 400:
+            return said(row, None, _refusal(events[row.first_position]), replayed=True)
         answered = tuple(state(row, i) for i in claimed[row]) if row in claimed else state(row, row.target)
-        return Receipt(
-            command_id=row.command_id,
-            type=row.type,
-            status=row.status,
-            target=row.target,
-            first_position=row.first_position,
-            event_count=row.event_count,
-            seen_position=row.seen_position,
-            state=None if refused else answered,
-            refusal=_refusal(events[row.first_position]) if refused else None,
-            replayed=True,
-        )
+        return said(row, answered, replayed=True)
 
     return [receipt(row) for row in rows]
 

@@ -86,8 +86,7 @@ def decide(session: Session | None, command: Command, world: World) -> list[Fact
         case AnnotateSession():
             return [SessionAnnotated(text=command.text)]
         case ExpireSession():
-            due = session.state not in TERMINAL and command.deadline == session.expires_at <= world.now
-            return [SessionExpired(deadline=command.deadline)] if due else []
+            return [SessionExpired(deadline=command.deadline)] if command == due(session, world.now) else []
         case _:
             raise TypeError(f"{type(command).__name__} is not a session's command")
 

@@ -141,6 +141,8 @@ class QueuedTask(NamedTuple):
     deadline_at: datetime | None
     lease_id: UUID | None
     lease_until: datetime | None
+    holder: str
+    """The principal whose lease it is; empty where it has none."""
 
 
 class DueTask(NamedTuple):
@@ -279,7 +281,7 @@ async def _append_open_items(connection: Connection, batch: Append) -> None:
 async def _append_tasks(connection: Connection, batch: Append) -> None:
     opened = [task for task in batch.tasks.values() if task is not None]
     if opened:
-        tasks, kinds, sessions, states, ranks, runs, deadlines, leases, ends = zip(*opened, strict=True)
+        tasks, kinds, sessions, states, ranks, runs, deadlines, leases, ends, holders = zip(*opened, strict=True)
         rows: dict[str, bytes] = {
             "ledger_id": uuid(batch.ledger_id),
             "tasks": uuids(tasks),
@@ -291,6 +293,7 @@ async def _append_tasks(connection: Connection, batch: Append) -> None:
             "deadlines": timestamptzs(deadlines),
             "leases": uuids(leases),
             "ends": timestamptzs(ends),
+            "holders": texts(holders),
         }
         await _queue_tasks.run(connection, rows)
     if len(opened) < len(batch.tasks):
@@ -319,10 +322,12 @@ async def lock_leases(connection: Connection, ledger_id: UUID, task_ids: Iterabl
 
 
 async def heartbeat(
-    connection: Connection, ledger_id: UUID, task_id: UUID, lease_id: UUID, lease_until: datetime
+    connection: Connection, ledger_id: UUID, task_id: UUID, lease_id: UUID, holder: str, lease_until: datetime
 ) -> datetime | None:
-    """Renew a lease, never to an earlier end; answers when it ends. None if it is not in force any more."""
-    values = {"ledger_id": ledger_id, "task_id": task_id, "lease_id": lease_id, "lease_until": lease_until}
+    """Renew a lease, never to an earlier end; answers when it ends. None if it is not in force any more, or not the
+    lease of the principal `holder`."""
+    lease = {"ledger_id": ledger_id, "task_id": task_id, "lease_id": lease_id, "holder": holder}
+    values = lease | {"lease_until": lease_until}
     row = await (await connection.execute(SQL.heartbeat, values, prepare=True)).fetchone()
     return row[0] if row else None
 
@@ -405,7 +410,7 @@ async def find_commands(
 
 
 async def read_open_items(connection: Connection, ledger_id: UUID, roots: Iterable[UUID]) -> list[OpenItem]:
-    """What these root sessions have open below them."""
+    """What is open under these roots."""
     cursor = await connection.execute(SQL.open_items, {"ledger_id": ledger_id, "roots": uuids(roots)}, prepare=True)
     return [OpenItem(*row) for row in await cursor.fetchall()]
 

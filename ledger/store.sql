@@ -51,7 +51,7 @@ INSERT INTO ledger.payloads (ledger_id, position, data)
 SELECT %(ledger_id)s, p.* FROM unnest(%(positions)s::bigint[], %(payloads)s::bytea[]) AS p
 
 -- name: open_items
--- What these sessions, being roots, have open below them.
+-- What is open under these roots.
 SELECT item_id, item_type, session_id, root_session_id, task_id, match FROM ledger.open_items
 WHERE ledger_id = %(ledger_id)s AND root_session_id = ANY(%(roots)s)
 
@@ -81,14 +81,15 @@ DELETE FROM ledger.open_items WHERE ledger_id = %(ledger_id)s AND item_id = ANY(
 -- name: append_tasks
 -- A heartbeat may have moved a lease on: unless it is another lease, its end is left alone.
 INSERT INTO ledger.tasks AS t
-    (ledger_id, task_id, kind, session_id, state, rank, run_at, deadline_at, lease_id, lease_until)
+    (ledger_id, task_id, kind, session_id, state, rank, run_at, deadline_at, lease_id, lease_until, holder)
 SELECT %(ledger_id)s::uuid, q.*
 FROM unnest(
     %(tasks)s::uuid[], %(kinds)s::text[], %(sessions)s::uuid[], %(states)s::text[], %(ranks)s::timestamptz[],
-    %(runs)s::timestamptz[], %(deadlines)s::timestamptz[], %(leases)s::uuid[], %(ends)s::timestamptz[]
+    %(runs)s::timestamptz[], %(deadlines)s::timestamptz[], %(leases)s::uuid[], %(ends)s::timestamptz[], %(holders)s::text[]
 ) AS q
 ON CONFLICT (ledger_id, task_id) DO UPDATE SET
     state = excluded.state, rank = excluded.rank, run_at = excluded.run_at, lease_id = excluded.lease_id,
+    holder = excluded.holder,
     lease_until = CASE WHEN t.lease_id = excluded.lease_id THEN t.lease_until ELSE excluded.lease_until END
 
 -- name: close_tasks
@@ -117,7 +118,8 @@ ORDER BY task_id FOR UPDATE
 -- name: heartbeat
 -- Only while the lease is in force. No event: it is telemetry.
 UPDATE ledger.tasks SET lease_until = greatest(lease_until, %(lease_until)s)
-WHERE ledger_id = %(ledger_id)s AND task_id = %(task_id)s AND lease_id = %(lease_id)s AND state = 'running'
+WHERE ledger_id = %(ledger_id)s AND task_id = %(task_id)s AND lease_id = %(lease_id)s AND holder = %(holder)s
+  AND state = 'running'
 RETURNING lease_until
 
 -- name: due_tasks

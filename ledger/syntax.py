@@ -18,7 +18,7 @@ from msgspec import UNSET
 from ledger.commands import COMMANDS, EXACT_INTEGER_MAX, Command
 from ledger.entry import canonical
 from ledger.errors import MalformedRequest, NumberOutOfRange
-from ledger.vault import DEPTH_MAX, ERRORS_MAX, check
+from ledger.vault import DEPTH_MAX, ERRORS_MAX, check, step
 
 METADATA_BYTES_MAX = 16 * 1024
 BODY_BYTES_MAX = 1024 * 1024
@@ -89,7 +89,7 @@ def explain(error: Exception, body: bytes) -> NoReturn:
         raise NumberOutOfRange([{"pointer": pointer(path), "detail": "the number is too large; send it as a string"}])
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", text, re.DOTALL)
     if unknown:
-        _refuse(f"{pointer(path)}/{_step(unknown[1])}", "there is no such field")
+        _refuse(f"{pointer(path)}/{step(unknown[1])}", "there is no such field")
     _refuse(pointer(path), text if isinstance(error, msgspec.ValidationError) else "it is not valid JSON")
 
 
@@ -111,7 +111,7 @@ def check_numbers(value: Any) -> None:
 def _inexact(value: Any, at: str) -> Iterator[str]:
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _inexact(item, f"{at}/{_step(key)}")
+            yield from _inexact(item, f"{at}/{step(key)}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _inexact(item, f"{at}/{index}")
@@ -160,10 +160,6 @@ def _check_moment(value: datetime, at: str) -> None:
         value.astimezone(UTC)
     except OverflowError:
         _refuse(at, "in UTC it is not within the years 1 to 9999")
-
-
-def _step(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _refuse(at: str, detail: str) -> NoReturn:

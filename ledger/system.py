@@ -4,7 +4,7 @@ No caller can give these. A due command has an id made from its stream and its d
 sweepers, and every command that comes too late, do it once between them.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 from uuid import UUID, uuid5
 
 from ledger.commands import Command
@@ -24,6 +24,13 @@ class Due(Command, kw_only=True):
         """The same from any number of sweepers, so that it is done once."""
         assert self.target is not None
         return str(uuid5(self.target, f"{self.verb} {self.deadline}"))
+
+
+class Overdue(NamedTuple):
+    """What is due, and in which project."""
+
+    project_id: str
+    command: Due
 
 
 class ExpireSession(Due, kw_only=True, tag=True):

@@ -8,7 +8,7 @@ personal field is ever looked into.
 """
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Literal
 from uuid import UUID
@@ -157,11 +157,9 @@ def _follow(task: Task, command: Command, world: World) -> list[Fact]:
     """What the system's own commands make of it; nothing if they come too early or too late."""
     match command:
         case ExpireTask():
-            is_due = task.state in OPEN and command.deadline == task.deadline_at and command.deadline <= world.now
-            return [TaskExpired(deadline=command.deadline)] if is_due else []
+            return [TaskExpired(deadline=command.deadline)] if command == due(task, world.now) else []
         case QueueTask():
-            is_due = task.state == "retrying" and command.deadline == task.run_at <= world.now
-            return [TaskQueued()] if is_due else []
+            return [TaskQueued()] if command == due(task, world.now) else []
         case LoseAttempt():
             if task.state != "running" or task.lease_id != command.lease_id:
                 return []
@@ -206,12 +204,18 @@ def queued(task: Task) -> QueuedTask | None:
         kind=task.kind,
         session_id=task.session_id,
         state=task.state,
-        rank=moment(task.run_at) - timedelta(seconds=task.priority * AGING_SECONDS),
+        rank=_rank(task),
         run_at=moment(task.run_at),
         deadline_at=None if task.deadline_at is None else moment(task.deadline_at),
         lease_id=task.lease_id,
         lease_until=None if task.lease_until is None else moment(task.lease_until),
+        holder="" if task.holder is None else str(task.holder),
     )
+
+
+def _rank(task: Task) -> datetime:
+    """The lower, the earlier it is handed out."""
+    return moment(task.run_at) - timedelta(seconds=task.priority * AGING_SECONDS)
 
 
 def _submit(task: Task | None, command: SubmitTask, world: World) -> list[Fact]:
@@ -258,7 +262,7 @@ def _claim(task: Task | None, command: ClaimTasks, world: World) -> Sequence[Fac
             raise NotFound(what="task", id=command.task_id)
         return [_attempt(task, command, world)] if _is_offered(task, command, world.now) else []
     tasks = [task for task in map(world.stream, world.offered(command)) if _is_offered(task, command, world.now)]
-    tasks.sort(key=_rank)
+    tasks.sort(key=lambda task: (_rank(task), task.run_at, task.submitted_at))
     return [On(task.task_id, _attempt(task, command, world)) for task in tasks[: command.n]]
 
 
@@ -268,10 +272,6 @@ def _is_offered(task: Task, command: ClaimTasks, now: Stamp) -> bool:
     if command.session_id is not None and task.session_id != command.session_id:
         return False
     return command.kinds is UNSET or task.kind in command.kinds
-
-
-def _rank(task: Task) -> tuple[Any, Stamp, Stamp]:
-    return moment(task.run_at) - timedelta(seconds=task.priority * AGING_SECONDS), task.run_at, task.submitted_at
 
 
 def _attempt(task: Task, command: ClaimTasks, world: World) -> TaskClaimed:
@@ -306,8 +306,7 @@ def _suspend(task: Task, command: SuspendTask, world: World) -> list[Fact]:
 
 def _holds(task: Task, lease_id: UUID, world: World) -> bool:
     """Whether the lease is in force, and the actor's own."""
-    holder = Principal(world.actor.issuer, world.actor.sub)
-    return task.state == "running" and task.lease_id == lease_id and task.holder == holder
+    return task.state == "running" and task.lease_id == lease_id and task.holder == Principal.of(world.actor)
 
 
 def _late(
@@ -393,7 +392,7 @@ def _claimed_by(task: Task, event: Event[TaskClaimed]) -> dict[str, Any]:
         "attempt": claimed.attempt,
         "attempts_left": task.attempts_left - (claimed.attempt > task.attempt),
         "worker": claimed.worker,
-        "holder": Principal(event.actor.issuer, event.actor.sub),
+        "holder": Principal.of(event.actor),
         "lease_id": claimed.lease_id,
         "lease_until": claimed.lease_until,
         "resumed": False,

@@ -46,6 +46,14 @@ class Principal(Struct, frozen=True):
     issuer: str
     sub: str
 
+    @classmethod
+    def of(cls, who: "Actor | Voter") -> "Principal":
+        return cls(who.issuer, who.sub)
+
+    def __str__(self) -> str:
+        """`issuer#sub`: one text per person, since an issuer has no fragment (OpenID Connect Discovery s3)."""
+        return f"{self.issuer}#{self.sub}"
+
 
 class Actor(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Who did it, as authenticated; never what the caller says of itself."""
@@ -64,7 +72,7 @@ class Actor(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def principal(self) -> str:
-        """`issuer#sub`: one text per person, since an issuer has no fragment (OpenID Connect Discovery s3)."""
+        """The Principal as one text; made here, for every command needs it."""
         return f"{self.issuer}#{self.sub}"
 
 

@@ -122,7 +122,7 @@ def _faults(value: Any, at: str, depth: int, *, within: bool) -> Iterator[tuple[
             if name in (SEALED, ERASED):
                 yield f"{at}/{name}", f"the name {name} is reserved; choose another"
             else:
-                yield from _faults(item, f"{at}/{_step(name)}", depth + 1, within=within)
+                yield from _faults(item, f"{at}/{step(name)}", depth + 1, within=within)
 
 
 def _inner_faults(inner: Any, at: str, depth: int) -> Iterator[tuple[str, str]]:
@@ -142,7 +142,7 @@ def _marked(value: Any, mark: str, at: str) -> Iterator[tuple[dict[str, Any], st
             yield value, at
         else:
             for name, item in value.items():
-                yield from _marked(item, mark, f"{at}/{_step(name)}")
+                yield from _marked(item, mark, f"{at}/{step(name)}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _marked(item, mark, f"{at}/{index}")
@@ -154,7 +154,7 @@ def _replace(value: Any, mark: str, at: str, change: Callable[[dict[str, Any], s
         if mark in value:
             return change(value, at)
         return {
-            name: _replace(item, mark, f"{at}/{_step(name)}", change) if isinstance(item, dict | list) else item
+            name: _replace(item, mark, f"{at}/{step(name)}", change) if isinstance(item, dict | list) else item
             for name, item in value.items()
         }
     if isinstance(value, list):
@@ -162,7 +162,8 @@ def _replace(value: Any, mark: str, at: str, change: Callable[[dict[str, Any], s
     return value
 
 
-def _step(name: str) -> str:
+def step(name: str) -> str:
+    """A name as one step of a JSON pointer (RFC 6901 s3)."""
     return name.replace("~", "~0").replace("/", "~1")
 
 

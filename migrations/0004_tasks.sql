@@ -15,9 +15,11 @@ CREATE TABLE ledger.tasks (
     deadline_at timestamptz,
     lease_id uuid,
     lease_until timestamptz,
+    holder text NOT NULL,
     PRIMARY KEY (ledger_id, task_id)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
 
+COMMENT ON COLUMN ledger.tasks.holder IS 'The principal whose lease it is; empty where it has none.';
 COMMENT ON COLUMN ledger.tasks.rank IS 'When it may run, put forward by its priority: the order in which it is handed out.';
 
 CREATE INDEX tasks_on_offer ON ledger.tasks (ledger_id, kind, rank, run_at, task_id) WHERE state IN ('queued', 'retrying');

@@ -15,10 +15,9 @@ from psycopg_pool import PoolTimeout
 from ledger import store
 from ledger.committer import Committer
 from ledger.postgres import Connection, Pool
-from ledger.system import Due, ExpireSession, ExpireTask, LoseAttempt, QueueTask
+from ledger.system import Due, ExpireTask, LoseAttempt, Overdue, QueueTask
 from ledger.values import SYSTEM, stamp
 from projections import approvals, sessions
-from projections.approvals import Overdue
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +49,8 @@ async def sweep_for_ever(pool: Pool, committer: Committer) -> None:
 
 async def overdue(connection: Connection) -> list[Overdue]:
     """What is due in any project: sessions and approvals by their views, tasks by the queue."""
-    found = [
-        Overdue(one.project_id, ExpireSession(session_id=one.session_id, deadline=one.deadline))
-        for one in await sessions.due(connection, SWEEP_MAX)
-    ]
-    found += [Overdue(one.project_id, _of_task(one)) for one in await store.due_tasks(connection, SWEEP_MAX)]
-    return found + await approvals.due(connection, SWEEP_MAX)
+    tasks = [Overdue(one.project_id, _of_task(one)) for one in await store.due_tasks(connection, SWEEP_MAX)]
+    return [*await sessions.due(connection, SWEEP_MAX), *tasks, *await approvals.due(connection, SWEEP_MAX)]
 
 
 def _of_task(due: store.DueTask) -> Due:

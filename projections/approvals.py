@@ -5,7 +5,7 @@ When an approval's time runs out, and what that means, is asked of its rules and
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Literal
 from uuid import UUID
 
 import msgspec
@@ -16,7 +16,7 @@ from ledger.approval import Approval
 from ledger.entry import Recorded
 from ledger.errors import MalformedRequest
 from ledger.postgres import Connection, bigints, byteas, queries, smallints, texts, timestamptzs, uuids
-from ledger.system import Due
+from ledger.system import Overdue
 from ledger.values import Risk, Stamp, moment
 from projections.projector import Memory
 from projections.states import States, column
@@ -29,10 +29,9 @@ Order = Literal["asc", "desc", "risk", "expires_at"]
 
 RISKS: tuple[Risk, ...] = ("critical", "high", "medium", "low")
 
-END_OF_TIME: Stamp = "9999-12-31T23:59:59.999999Z"
-
 _OPEN = ("pending", "approved", "executing")
-_approvals = States("approval", Approval, rules.evolve, lambda approval: approval.state in _OPEN, SQL.load)
+_approvals = States("approval", Approval, rules.evolve, lambda approval: approval.state in _OPEN, SQL)
+get = _approvals.get
 
 
 class Filter(Struct, kw_only=True, frozen=True):
@@ -56,13 +55,6 @@ class Page(Struct, kw_only=True, frozen=True):
     next: int | None
 
 
-class Overdue(NamedTuple):
-    """An approval whose time has run out, and the command that sees to it."""
-
-    project_id: str
-    command: Due
-
-
 async def project(
     connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
 ) -> dict[str, bytes]:
@@ -71,7 +63,7 @@ async def project(
     if not kept:
         return {}
     approvals = [one.state for one in kept.values()]
-    next_due = [rules.due(approval, END_OF_TIME) for approval in approvals]
+    next_due = [rules.next_due(approval) for approval in approvals]
     return {
         "approval_ids": uuids(kept),
         "approval_positions": bigints(one.position for one in kept.values()),
@@ -87,13 +79,6 @@ async def project(
         "approval_due_ats": timestamptzs(moment(due.deadline) if due else None for due in next_due),
         "approvals": byteas(one.content for one in kept.values()),
     }
-
-
-async def get(connection: Connection, ledger_id: UUID, approval_id: UUID) -> Approval | None:
-    """The approval as the view has it."""
-    values = {"ledger_id": ledger_id, "approval_id": approval_id}
-    row = await (await connection.execute(SQL.get, values, prepare=True, binary=True)).fetchone()
-    return _approvals.decode(row[0]) if row else None
 
 
 async def search(
@@ -133,21 +118,29 @@ async def search(
         parts.append(getattr(SQL, f"after_{order}"))
         values["after"] = after
     parts.append(getattr(SQL, f"by_{order}"))
-    values = {name: column(value) if isinstance(value, str) else value for name, value in values.items()}
-    values |= {"ledger_id": ledger_id, "limit": limit + 1}
-    cursor = await connection.execute(b"\n".join(parts), values, prepare=True, binary=True)
-    rows = await cursor.fetchall()
-    return Page(
-        approvals=[_approvals.decode(content) for _, content in rows[:limit]],
-        next=rows[limit - 1][0] if len(rows) > limit else None,
-    )
+    approvals, following = await _approvals.page(connection, parts, values | {"ledger_id": ledger_id}, limit)
+    return Page(approvals=approvals, next=following)
+
+
+class _Asked(Struct):
+    requested_at: Stamp
+
+
+_asked = msgspec.json.Decoder(_Asked)
+
+
+async def waits(connection: Connection, limit: int) -> list[float]:
+    """How long in seconds each pending approval of any project has waited for people, of up to `limit` of them."""
+    cursor = await connection.execute(SQL.waiting, {"limit": limit}, prepare=True, binary=True)
+    return [
+        (now - moment(_asked.decode(content).requested_at)).total_seconds() for content, now in await cursor.fetchall()
+    ]
 
 
 async def due(connection: Connection, limit: int) -> list[Overdue]:
     """Up to `limit` approvals of any project whose time has run out, the longest overdue first."""
     cursor = await connection.execute(SQL.due, {"limit": limit}, prepare=True, binary=True)
     found = [
-        (project_id, rules.due(_approvals.decode(content), END_OF_TIME))
-        for project_id, content in await cursor.fetchall()
+        (project_id, rules.next_due(_approvals.decode(content))) for project_id, content in await cursor.fetchall()
     ]
     return [Overdue(project_id, command) for project_id, command in found if command is not None]

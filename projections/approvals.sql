@@ -43,6 +43,10 @@ WHERE k.due_at <= now() AND NOT EXISTS (
 )
 ORDER BY k.due_at LIMIT %(limit)s
 
+-- name: waiting
+-- What waits for people in all projects; where that is very much, some of it.
+SELECT approval, now() FROM approvals.approvals WHERE state = 'pending' LIMIT %(limit)s
+
 -- A list is made of the parts below. `after` is always the position of the last one shown; what else it is sorted by
 -- never changes.
 

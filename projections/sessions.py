@@ -7,7 +7,6 @@ stay sealed.
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -17,7 +16,8 @@ from ledger.entry import Recorded
 from ledger.errors import MalformedRequest
 from ledger.postgres import Connection, bigints, byteas, queries, texts, uuids
 from ledger.session import TERMINAL, Session, evolve
-from ledger.values import Stamp, moment, stamp
+from ledger.system import ExpireSession, Overdue
+from ledger.values import moment, stamp
 from projections.projector import Memory
 from projections.states import Kept, States, column
 
@@ -28,7 +28,8 @@ TOTAL_MAX = 10_000
 """How far a list is counted, and how deep its numbered pages go; beyond, `after` leads on."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_sessions = States("session", Session, evolve, lambda session: session.state not in TERMINAL, SQL.load)
+_sessions = States("session", Session, evolve, lambda session: session.state not in TERMINAL, SQL)
+get = _sessions.get
 
 
 class Filter(Struct, kw_only=True, frozen=True):
@@ -48,14 +49,6 @@ class Page(Struct, kw_only=True, frozen=True):
     total: int
     total_is_exact: bool
     next: str | None
-
-
-class Due(NamedTuple):
-    """A session whose time has run out."""
-
-    project_id: str
-    session_id: UUID
-    deadline: Stamp
 
 
 async def project(
@@ -99,13 +92,6 @@ def _label_rows(moved: list[Kept[Session]]) -> dict[str, bytes]:
         "label_states": texts(session.state for session in sessions),
         "label_roles": texts(column(session.agent_role) for session in sessions),
     }
-
-
-async def get(connection: Connection, ledger_id: UUID, session_id: UUID) -> Session | None:
-    """The session as the view has it."""
-    values = {"ledger_id": ledger_id, "session_id": session_id}
-    row = await (await connection.execute(SQL.get, values, prepare=True, binary=True)).fetchone()
-    return _sessions.decode(row[0]) if row else None
 
 
 async def search(
@@ -172,7 +158,10 @@ def _read_cursor(text: str) -> tuple[datetime, int]:
     raise MalformedRequest([{"pointer": "after", "detail": "it is not a cursor that was given here"}])
 
 
-async def due(connection: Connection, limit: int) -> list[Due]:
+async def due(connection: Connection, limit: int) -> list[Overdue]:
     """Up to `limit` sessions of any project whose time has run out, the longest overdue first."""
     cursor = await connection.execute(SQL.due, {"limit": limit}, prepare=True)
-    return [Due(project, session_id, stamp(at)) for project, session_id, at in await cursor.fetchall()]
+    return [
+        Overdue(project_id, ExpireSession(session_id=session_id, deadline=stamp(at)))
+        for project_id, session_id, at in await cursor.fetchall()
+    ]

@@ -12,7 +12,7 @@ import msgspec
 
 from ledger.entry import Event, Recorded, canonical
 from ledger.postgres import Connection, uuids
-from projections.projector import Memory
+from projections.projector import Memory, in_schema
 
 REMEMBERED_MAX = 2_000
 REMEMBERED_BYTES_MAX = 8 * 1024
@@ -32,7 +32,8 @@ class Kept(NamedTuple, Generic[S]):
 
 
 class States(Generic[S]):
-    """The states of one stream type. `load` reads position and bytes of those in `%(ids)s`."""
+    """The states of one stream type. Of the view's `sql`, `get` reads the bytes of one by its id, and `load` position
+    and bytes of those in `%(ids)s`."""
 
     def __init__(
         self,
@@ -40,16 +41,32 @@ class States(Generic[S]):
         state: type[S],
         evolve: Callable[[Any, Event[Any]], S],
         is_open: Callable[[S], bool],
-        load: bytes,
+        sql: Any,
     ) -> None:
         self._stream_type = stream_type
         self._decoder = msgspec.json.Decoder(state)
         self._evolve = evolve
         self._is_open = is_open
-        self._load_query = load
+        self._sql = sql
 
     def decode(self, content: bytes) -> S:
         return self._decoder.decode(content)
+
+    async def get(self, connection: Connection, ledger_id: UUID, stream_id: UUID) -> S | None:
+        """The state as the view has it."""
+        values = {"ledger_id": ledger_id, f"{self._stream_type}_id": stream_id}
+        row = await (await connection.execute(self._sql.get, values, prepare=True, binary=True)).fetchone()
+        return self.decode(row[0]) if row else None
+
+    async def page(
+        self, connection: Connection, parts: Sequence[bytes], values: dict[str, Any], limit: int
+    ) -> tuple[list[S], int | None]:
+        """Up to `limit` states of the list that `parts` make together, and the position to go on after, if there is
+        more."""
+        given = {name: column(value) if isinstance(value, str) else value for name, value in values.items()}
+        cursor = await connection.execute(b"\n".join(parts), given | {"limit": limit + 1}, prepare=True, binary=True)
+        rows = await cursor.fetchall()
+        return [self.decode(content) for _, content in rows[:limit]], rows[limit - 1][0] if len(rows) > limit else None
 
     async def after(
         self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
@@ -62,7 +79,7 @@ class States(Generic[S]):
         gone_on = {event.stream_id for _, event in events} - begun
         before = {key: memory[key] for key in gone_on if key in memory}
         if len(before) < len(gone_on):
-            before |= await self._load(connection, ledger_id, gone_on - before.keys())
+            before |= await self._load(connection, ledger_id, memory.schema, gone_on - before.keys())
         after = dict(before)
         for position, event in events:
             first, state = after.get(event.stream_id, (position, None))
@@ -74,9 +91,11 @@ class States(Generic[S]):
         self._remember(memory, kept)
         return kept
 
-    async def _load(self, connection: Connection, ledger_id: UUID, ids: Collection[UUID]) -> dict[UUID, tuple[int, S]]:
+    async def _load(
+        self, connection: Connection, ledger_id: UUID, schema: str, ids: Collection[UUID]
+    ) -> dict[UUID, tuple[int, S]]:
         values = {"ledger_id": ledger_id, "ids": uuids(ids)}
-        cursor = await connection.execute(self._load_query, values, prepare=True, binary=True)
+        cursor = await connection.execute(in_schema(self._sql.load, schema), values, prepare=True, binary=True)
         return {key: (position, self.decode(content)) for key, position, content in await cursor.fetchall()}
 
     def _remember(self, memory: Memory, kept: dict[UUID, Kept[S]]) -> None:

@@ -34,7 +34,8 @@ from projections.states import States, column
 SQL = queries("projections", "tasks")
 WRITE = SQL.write
 
-_tasks = States("task", Task, evolve, lambda task: task.state in OPEN, SQL.load)
+_tasks = States("task", Task, evolve, lambda task: task.state in OPEN, SQL)
+get = _tasks.get
 
 
 class Filter(Struct, kw_only=True, frozen=True):
@@ -107,13 +108,6 @@ async def project(
     }
 
 
-async def get(connection: Connection, ledger_id: UUID, task_id: UUID) -> Task | None:
-    """The task as the view has it."""
-    values = {"ledger_id": ledger_id, "task_id": task_id}
-    row = await (await connection.execute(SQL.get, values, prepare=True, binary=True)).fetchone()
-    return _tasks.decode(row[0]) if row else None
-
-
 async def search(
     connection: Connection,
     ledger_id: UUID,
@@ -130,14 +124,8 @@ async def search(
         parts.append(getattr(SQL, f"after_{order}"))
         values["after"] = after
     parts.append(getattr(SQL, order))
-    values = {name: column(value) if isinstance(value, str) else value for name, value in values.items()}
-    values |= {"ledger_id": ledger_id, "limit": limit + 1}
-    cursor = await connection.execute(b"\n".join(parts), values, prepare=True, binary=True)
-    rows = await cursor.fetchall()
-    return Page(
-        tasks=[_tasks.decode(content) for _, content in rows[:limit]],
-        next=rows[limit - 1][0] if len(rows) > limit else None,
-    )
+    tasks, following = await _tasks.page(connection, parts, values | {"ledger_id": ledger_id}, limit)
+    return Page(tasks=tasks, next=following)
 
 
 async def attempts(connection: Connection, ledger_id: UUID, task_id: UUID) -> list[Attempt] | None:

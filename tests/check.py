@@ -120,7 +120,8 @@ def _check_open_items(connection: psycopg.Connection[Any], ledger_id: UUID, hist
     assert {row[0]: tuple(row) for row in stored} == {item.item_id: tuple(item) for item in expected}
     tasks = [queued(state) for state in states(history).values() if isinstance(state, Task)]
     rows = connection.execute(
-        "SELECT task_id, kind, session_id, state, rank, run_at, deadline_at, lease_id, lease_until FROM ledger.tasks"
+        "SELECT task_id, kind, session_id, state, rank, run_at, deadline_at, lease_id, lease_until, holder"
+        " FROM ledger.tasks"
         " WHERE ledger_id = %s",
         [ledger_id],
     ).fetchall()

@@ -344,6 +344,9 @@ async def test_each_route_is_for_its_roles(
     await refused(403, "forbidden", f"{path}/withdraw", token("agent", subject="another"))
     await refused(403, "forbidden", f"{path}/revoke")
     await refused(403, "forbidden", "/approvals", auditor, action=ACTION)
+    for nobody in (token(subject="nobody"), token("finance", subject="fay", kind="human"), people.importer):
+        answer = await client.delete(f"{path}/votes/mine", headers=nobody)
+        assert problem_of(answer)["code"] == "not_eligible"
     assert (await client.get(path, headers=auditor)).status_code == 200
 
 

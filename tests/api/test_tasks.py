@@ -173,7 +173,9 @@ async def test_what_comes_too_late_is_refused_on_the_record_of_the_task(
     assert not of_type(history, "CommandRefused")
 
 
-async def test_a_heartbeat_keeps_the_lease_and_is_no_event(client: httpx.AsyncClient, database: Database) -> None:
+async def test_a_heartbeat_keeps_the_lease_and_is_no_event(
+    client: httpx.AsyncClient, token: Token, database: Database
+) -> None:
     task = await submitted(client)
     (work,) = await claimed(client, lease_seconds=1)
     path = f"/tasks/{task['task_id']}"
@@ -189,6 +191,9 @@ async def test_a_heartbeat_keeps_the_lease_and_is_no_event(client: httpx.AsyncCl
     for lease_id, where in ((str(uuid4()), path), (work["lease_id"], f"/tasks/{uuid4()}")):
         lost = await client.post(f"{where}/heartbeat", json={"lease_id": lease_id})
         assert problem_of(lost)["code"] == "lease_lost"
+    stranger = token("agent", subject="agent-8")
+    lost = await client.post(f"{path}/heartbeat", json={"lease_id": work["lease_id"]}, headers=stranger)
+    assert problem_of(lost)["code"] == "lease_lost"
     assert problem_of(await client.post(f"{path}/heartbeat", json={"lease": 1}))["code"] == "malformed_request"
     await post(client, f"{path}/complete", lease_id=work["lease_id"])
     late = await client.post(f"{path}/heartbeat", json={"lease_id": work["lease_id"]})

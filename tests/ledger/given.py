@@ -154,8 +154,8 @@ class Given:
     def stream(self, stream_id: UUID) -> Any:
         return self.streams.get(stream_id)
 
-    def open_items(self, root_session_id: UUID) -> Mapping[UUID, OpenItem]:
-        return self.items.get(root_session_id, {})
+    def open_items(self, root: UUID) -> Mapping[UUID, OpenItem]:
+        return self.items.get(root, {})
 
     def refusals_left(self, principal: str) -> int:
         return 60

@@ -25,6 +25,7 @@ from tests.ledger.approvals import (
     EXPIRED,
     EXPIRES_AT,
     GRANTED,
+    IMPORTER,
     OPERATOR,
     STATES,
     approval,
@@ -255,8 +256,19 @@ def test_a_vote_that_was_taken_back_does_not_count() -> None:
 
 def test_nobody_takes_the_vote_of_another_back() -> None:
     history = approval(quorum(2, 2), voted(ANA))
-    for who in (BEN, OPERATOR, AGENT, person("ana", issuer="https://other.example")):
+    for who in (BEN, person("ana", issuer="https://other.example")):
         assert len(history.when(TAKE_BACK, who).then().state.votes) == 1
+
+
+def test_who_has_no_vote_and_no_role_that_it_takes_is_not_shown_it_by_taking_one_back() -> None:
+    history = approval(quorum(2, 2), voted(ANA))
+    for who in (OPERATOR, AGENT, IMPORTER, person("nobody", "finance")):
+        history.when(TAKE_BACK, who).refused("not_eligible")
+
+
+def test_who_voted_takes_it_back_also_without_the_role_by_now() -> None:
+    history = approval(quorum(2, 2), voted(ANA))
+    assert history.when(TAKE_BACK, person("ana", "auditor")).then(VoteWithdrawn()).state.votes == ()
 
 
 # Time

@@ -168,7 +168,9 @@ async def test_the_reaper_and_a_heartbeat_never_both_win(
         assert task.lease_id is not None
         ends_at = datetime.now(UTC) + timedelta(seconds=30)
         async with committer.pool.connection() as connection:
-            return await store.heartbeat(connection, ledger.ledger_id, task.task_id, task.lease_id, ends_at)
+            return await store.heartbeat(
+                connection, ledger.ledger_id, task.task_id, task.lease_id, agent.principal, ends_at
+            )
 
     def lose(task: Task) -> LoseAttempt:
         assert task.lease_id is not None

@@ -27,11 +27,11 @@ from ledger.events import (
 )
 from ledger.postgres import Connection, open_pool
 from ledger.replay import fold
-from ledger.system import ExpireApproval, LapseApproval, MissOutcome
+from ledger.system import ExpireApproval, LapseApproval, MissOutcome, Overdue
 from ledger.values import Action, Actor, Principal, Quorum, moment, stamp
 from ledger.vault import Vault
 from projections import Projector, approvals
-from projections.approvals import Filter, Order, Overdue
+from projections.approvals import Filter, Order
 from tests.check import check_views
 from tests.conftest import Database
 from tests.projections.conftest import AGENT, DIGEST, LATER, History, NewHistory, project_all, rows_read
