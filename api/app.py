@@ -7,6 +7,7 @@ route does is in the module of its resource; nothing is decided here.
 
 import asyncio
 import os
+import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import LifeSpanReceive, LifeSpanScope, LifeSpanSend, Receive, Scope, Send
 
-from api import approvals, audit, commands, docs, events, health, openapi, records, sessions, tasks
+from api import approvals, audit, commands, docs, events, health, metrics, openapi, records, sessions, tasks
 from api.auth import DEVELOPMENT_ISSUER, Tokens, development_verifier
 from api.http import Answer, Api, refuse
 from api.idempotency import Copy
@@ -31,21 +32,27 @@ from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.postgres import open_pool
 from ledger.settings import Settings
+from ledger.tracing import Tracing
 from ledger.vault import Vault
 
 CONNECTIONS_MAX = 8
-RESOURCES = (sessions, records, tasks, approvals, commands, events, audit, health, docs)
+PARAMETER = re.compile(r"\{(\w+):str\}")
+RESOURCES = (sessions, records, tasks, approvals, commands, events, audit, health, metrics, docs)
 
 
 @asynccontextmanager
-async def serving(app: Litestar, settings: Settings) -> AsyncGenerator[None]:
+async def serving(app: Litestar, settings: Settings, tracing: Tracing | None) -> AsyncGenerator[None]:
     """What every route works with, from the first request to the last."""
     conninfo = EmbeddedServer(settings.home).url("muniment_api") if settings.embedded else settings.database_url
     development = settings.mode == "development"
     async with open_pool(conninfo, CONNECTIONS_MAX) as pool, provider(settings) as verifiers:
         vault = Vault(settings.keys_dir, pool, create_keys=development)
         committer = Committer(
-            pool, vault, create_ledgers=development, session_retention_days=settings.session_retention_days
+            pool,
+            vault,
+            create_ledgers=development,
+            session_retention_days=settings.session_retention_days,
+            tracing=tracing,
         )
         line = Line(committer)
         copy = None
@@ -62,6 +69,8 @@ async def serving(app: Litestar, settings: Settings) -> AsyncGenerator[None]:
             line=line,
             signer=Signer(settings.keys_dir, pool, create_key=development),
             creates_ledgers=development,
+            metrics_token=settings.metrics_token,
+            tracing=tracing,
         )
         direct = conninfo if settings.embedded else settings.database_direct_url
         listening = asyncio.create_task(committer.watch.listen(direct))
@@ -74,17 +83,20 @@ async def serving(app: Litestar, settings: Settings) -> AsyncGenerator[None]:
             await committer.close()
             if copy is not None:
                 await copy.close()
+            if tracing is not None:
+                tracing.close()
 
 
 def problem_response(request: Request[Any, Any, Any], raised: Exception) -> Response[bytes]:
     """What Litestar itself refuses (an unknown path, a method), as a problem like any other."""
     answer = refuse(as_error(raised, request.scope["method"], request.scope["path"]))
+    request.app.state.api.requests.answers["unknown", str(answer.status)] += 1
     headers = {name.decode(): value.decode() for name, value in answer.headers}
     return Response(answer.body, status_code=answer.status, headers=headers, media_type=answer.media_type.decode())
 
 
 class Application(Litestar):
-    """Litestar, but for what is sent to a route of commands whose address has no parameter.
+    """Litestar, but for what is sent to a route of commands whose address has at most one parameter, its second part.
 
     To find such a route and to make a Request for it costs as much as our own flow, which asks for neither. What
     that flow does not know (another method, a slash at the end) goes Litestar's way to the same route.
@@ -93,11 +105,10 @@ class Application(Litestar):
     def __init__(self, routes: Sequence[HTTPRouteHandler], **settings: Any) -> None:
         super().__init__(routes, **settings)
         self._submissions = {
-            (str(method), path): handler.opt["submission"]
+            (str(method), PARAMETER.sub("{}", path)): (handler, PARAMETER.findall(path))
             for handler in routes
             if "submission" in handler.opt
             for path in handler.paths
-            if "{" not in path
             for method in handler.http_methods
         }
 
@@ -105,11 +116,19 @@ class Application(Litestar):
         self, scope: Scope | LifeSpanScope, receive: Receive | LifeSpanReceive, send: Send | LifeSpanSend
     ) -> Coroutine[Any, Any, None]:
         known: Any = scope
-        submission = self._submissions.get((known["method"], known["path"])) if known["type"] == "http" else None
-        if submission is None:
+        found, parts = None, []
+        if known["type"] == "http":
+            method, path = known["method"], known["path"]
+            parts = path.split("/", 3)
+            found = self._submissions.get((method, path))
+            if found is None and len(parts) > 2 and parts[2]:
+                found = self._submissions.get((method, "/".join([*parts[:2], "{}", *parts[3:]])))
+        if found is None:
             return super().__call__(scope, receive, send)
-        known["litestar_app"] = self
-        answer: Coroutine[Any, Any, None] = submission(known, receive, send)
+        handler, parameters = found
+        known["litestar_app"], known["route_handler"] = self, handler
+        known["path_params"] = dict(zip(parameters, parts[2:], strict=False))
+        answer: Coroutine[Any, Any, None] = handler.opt["submission"](known, receive, send)
         return answer
 
     def end_waits(self) -> None:
@@ -135,14 +154,15 @@ def options(routes: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
     return [handler_of(path, methods) for path, methods in possible.items()]
 
 
-def create_app(settings: Settings | None = None) -> Application:
-    """The API as an ASGI application; settings come from the environment unless given."""
+def create_app(settings: Settings | None = None, tracing: Tracing | None = None) -> Application:
+    """The API as an ASGI application; settings come from the environment unless given. At its end it closes
+    `tracing`."""
     known = settings or Settings.from_environment(os.environ)
     routes = [route for module in RESOURCES for route in module.ROUTES]
     return Application(
         [*options(routes), *routes],
         state=State({"openapi": msgspec.json.encode(openapi.document(routes))}),
-        lifespan=[lambda app: serving(app, known)],
+        lifespan=[lambda app: serving(app, known, tracing)],
         exception_handlers={Exception: problem_response},
         openapi_config=None,
         logging_config=None,

@@ -6,16 +6,18 @@ refused by name. Nothing here knows a resource, and nothing here decides.
 """
 
 import asyncio
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
+from time import monotonic
 from typing import Any, TypeVar
 from uuid import UUID
 
 import msgspec
 from litestar.enums import HttpMethod
 from litestar.types import HTTPScope, Receive, Scope, Send
-from msgspec import Struct
+from msgspec import Struct, field
 
 from api.auth import Caller, Tokens
 from api.idempotency import Copy
@@ -33,6 +35,8 @@ from ledger.errors import (
 )
 from ledger.postgres import Connection, Pool, store_errors
 from ledger.syntax import pointer
+from ledger.telemetry import Histogram
+from ledger.tracing import Tracing
 from ledger.vault import Vault
 
 BODY_BYTES_MAX = 1024 * 1024
@@ -52,6 +56,18 @@ _ONCE = frozenset(
 encode = msgspec.json.Encoder().encode
 
 
+class Requests:
+    """What was answered, by the name of the operation."""
+
+    def __init__(self) -> None:
+        self.answers: Counter[tuple[str, str]] = Counter()
+        self.seconds: defaultdict[tuple[str], Histogram] = defaultdict(Histogram)
+
+    def answered(self, operation: str, status: int, seconds: float) -> None:
+        self.answers[operation, str(status)] += 1
+        self.seconds[operation,].add(seconds)
+
+
 class Api(Struct, kw_only=True):
     """What every route works with; made once a process, in `api.app`."""
 
@@ -63,6 +79,9 @@ class Api(Struct, kw_only=True):
     line: Line
     signer: Signer
     creates_ledgers: bool
+    metrics_token: str | None = None
+    tracing: Tracing | None = None
+    requests: Requests = field(default_factory=Requests)
     ending: bool = False
     """Whether this process was told to end: then nobody waits any longer for what may come."""
 
@@ -125,6 +144,19 @@ class Call:
 
     async def answer(self, work: Callable[["Call"], Awaitable[Answer]]) -> Answer:
         """What `work` answers, or the problem that it met; with the id of the ledger it is about."""
+        began = monotonic()
+        operation = self.scope["route_handler"].opt["operation"].name
+        tracing = self.api.tracing
+        if tracing is None:
+            answer = await self._answer(work)
+        else:
+            with tracing.request(operation, self.scope) as say_status:
+                answer = await self._answer(work)
+                say_status(answer.status)
+        self.api.requests.answered(operation, answer.status, monotonic() - began)
+        return answer
+
+    async def _answer(self, work: Callable[["Call"], Awaitable[Answer]]) -> Answer:
         try:
             answer = await work(self)
         except Exception as raised:  # noqa: BLE001 - whatever it is, the caller gets a problem and the log the rest

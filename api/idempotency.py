@@ -65,6 +65,7 @@ class Copy:
         )
         self._vault = vault
         self._ttl_seconds = ttl_seconds
+        self.replays = 0
         self._rests_until = 0.0
         self._wanted: dict[bytes, asyncio.Future[Any]] = {}
         self._unwritten: dict[bytes, bytes] = {}
@@ -77,7 +78,9 @@ class Copy:
         new = asyncio.get_running_loop().create_future
         values = [self._wanted.setdefault(one.key(), new()) for one in asked]
         self._work()
-        return [self._believed(one, await asyncio.shield(value)) for one, value in zip(asked, values, strict=True)]
+        found = [self._believed(one, await asyncio.shield(value)) for one, value in zip(asked, values, strict=True)]
+        self.replays += sum(receipt is not None for receipt in found)
+        return found
 
     def keep(self, asked: Asked, receipt: Receipt) -> None:
         """Have `receipt` copied if Redis is well; a large one is not worth it."""

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from time import monotonic
 
 import msgspec
 from msgspec import UNSET
@@ -23,6 +24,8 @@ from ledger.postgres import Clock, Pool, store_errors
 from ledger.project_key import UnusableKey
 from ledger.replay import recall
 from ledger.store import Ledger
+from ledger.telemetry import Commits
+from ledger.tracing import Tracing, traceparent_of
 from ledger.values import Actor
 from ledger.vault import Vault, subjects
 from ledger.watch import Watch
@@ -34,12 +37,21 @@ log = logging.getLogger(__name__)
 class Committer:
     """Where commands go in, for every project. See `submit`."""
 
-    def __init__(self, pool: Pool, vault: Vault, *, create_ledgers: bool, session_retention_days: int = 7) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        vault: Vault,
+        *,
+        create_ledgers: bool,
+        session_retention_days: int = 7,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.pool = pool
         self.vault = vault
         self.clock = Clock()
         self.watch = Watch(pool)
         self.refusals = Refusals()
+        self.commits = Commits(tracing)
         self.session_retention_days = session_retention_days
         self._create_ledgers = create_ledgers
         self._writers: dict[str, Writer] = {}
@@ -88,6 +100,11 @@ class Committer:
             return (await self._writer(project_id, create=False)).ledger
         return None
 
+    @property
+    def waiting(self) -> int:
+        """How many commands were taken in and are not answered."""
+        return sum(len(writer.waiting) for writer in self._writers.values())
+
     async def close(self) -> None:
         """Finish what was accepted; then nothing is on its way any more."""
         await asyncio.gather(*(writer.drained() for writer in self._writers.values()))
@@ -124,6 +141,7 @@ class Committer:
             refusals=self.refusals,
             session_retention_days=self.session_retention_days,
             announce=self.watch.appended,
+            commits=self.commits,
         )
         return self._writers.setdefault(project_id, writer)
 
@@ -137,6 +155,8 @@ class Committer:
             with _key_errors():
                 keys = await self.vault.prepare(project_id, subjects(msgspec.json.decode(asked)))
         target = command.target
+        tracing = self.commits.tracing
+        span = tracing.current() if tracing else None
         return Pending(
             command=command,
             actor=actor,
@@ -146,8 +166,10 @@ class Committer:
             canonical=asked,
             fingerprint=self.vault.fingerprint(project_id, asked),
             expected_version=None if expected is UNSET else expected,
-            traceparent=traceparent,
+            traceparent=traceparent_of(span) if span and traceparent is None else traceparent,
             data_keys=keys,
+            since=monotonic(),
+            span=span,
         )
 
 

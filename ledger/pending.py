@@ -6,6 +6,7 @@ events. It decides nothing, and it is answered once.
 
 import logging
 from asyncio import Future
+from typing import Any
 from uuid import UUID
 
 from msgspec import Struct, field
@@ -45,6 +46,10 @@ class Pending(Struct, kw_only=True, eq=False):
     named: dict[str, UUID] = field(default_factory=dict)
     data_keys: Held | None = None
     outcome_unknown: bool = False
+    since: float = 0.0
+    """When it was taken in, by the clock that nobody sets."""
+    span: Any = None
+    """The span of whoever waits for the answer, if it is kept."""
     key: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:

@@ -135,7 +135,7 @@ def create_key_file(path: Path) -> bytes:
                 f"The keys directory {path.parent} is open to other users (mode {mode:04o}), so no "
                 "key is made in it: chmod it to 0700."
             )
-        _write_once(path, os.urandom(PROJECT_KEY_BYTES))
+        write_once(path, os.urandom(PROJECT_KEY_BYTES))
     except OSError as error:
         raise UnusableKey(f"The key file {path} cannot be made: {error.strerror}.") from error
     secret = read_key_file(path)
@@ -144,7 +144,8 @@ def create_key_file(path: Path) -> bytes:
     return secret
 
 
-def _write_once(path: Path, content: bytes) -> None:
+def write_once(path: Path, content: bytes) -> None:
+    """Make the file `path`, whole and durable, for our account alone, unless it is there. Raises OSError."""
     draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

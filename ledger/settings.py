@@ -79,6 +79,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     oidc_kind_claim: str
     host: str
     port: int
+    metrics_token: str | None
+    """What who asks the API for its metrics must show; None: whoever reaches it may have them."""
+    worker_metrics_host: str
+    worker_metrics_port: int | None
+    """Where a worker tells its metrics; None: nowhere."""
+    traces: bool
+    """Whether traces are sent; how is OpenTelemetry's own business, which reads the environment itself."""
 
     @property
     def embedded(self) -> bool:
@@ -126,6 +133,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             oidc_kind_claim=read.text("OIDC_KIND_CLAIM") or "kind",
             host=read.text("HOST", _check_host) or "127.0.0.1",
             port=read.integer("PORT", 8088, 1, 65_535),
+            metrics_token=read.secret("METRICS_TOKEN", _check_token),
+            # OpenTelemetry's names for where an exporter for Prometheus listens.
+            worker_metrics_host=read.text("OTEL_EXPORTER_PROMETHEUS_HOST", _check_host) or "localhost",
+            worker_metrics_port=read.integer("OTEL_EXPORTER_PROMETHEUS_PORT", 0, 1, 65_535) or None,
+            traces=read.traces(),
         )
         if problems := read.problems + _contradictions(settings, database_given):
             raise InvalidSettings(problems)
@@ -236,6 +248,16 @@ class _Environment:
         value = self.text(name, check)
         return default if value is None else int(value)
 
+    def traces(self) -> bool:
+        """Whether OpenTelemetry's names ask for traces, in the one form in which we can send them."""
+        disabled = self.boolean("OTEL_SDK_DISABLED", False)
+        exporter = self.one_of("OTEL_TRACES_EXPORTER", ("otlp", "none"))
+        for name in ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"):
+            only = "http/protobuf is allowed (most collectors take it on port 4318)"
+            self.text(name, lambda value, only=only: None if value == "http/protobuf" else only)  # type: ignore[misc]
+        named = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        return not disabled and (exporter == "otlp" or (exporter is None and any(map(self.text, named))))
+
     def directory(self, name: str, default: Path) -> Path:
         def check(value: str) -> str | None:
             path = Path(value)
@@ -274,6 +296,13 @@ def _check_redis(value: str) -> str | None:
     if urlsplit(value).scheme in ("redis", "rediss", "unix"):
         return None
     return "an address that begins with redis://, rediss:// or unix:// is allowed"
+
+
+def _check_token(value: str) -> str | None:
+    # What a bearer token may be made of: RFC 6750 s2.1.
+    if re.fullmatch(r"[A-Za-z0-9._~+/-]{16,}=*", value):
+        return None
+    return "16 letters, digits and signs of ._~+/- at least are allowed"
 
 
 def _check_issuer(value: str) -> str | None:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, nullcontext
+from contextvars import Context
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -38,6 +39,7 @@ from ledger.session import Session
 from ledger.store import Append, CommandRow, Ledger
 from ledger.system import LoseAttempt
 from ledger.task import Task
+from ledger.telemetry import Commits
 from ledger.values import stamp
 from ledger.vault import Vault
 
@@ -99,15 +101,16 @@ class Writer:
         refusals: Refusals,
         session_retention_days: int,
         announce: Callable[[Append], None],
+        commits: Commits,
     ) -> None:
         self.ledger = ledger
         self.ledger_id = ledger.ledger_id
         self._memory = Memory(project_id, ledger, refusals)
         self._pool, self._vault, self._clock = pool, vault, clock
         self._session_retention_days = session_retention_days
-        self._announce = announce
+        self._announce, self._commits = announce, commits
         self._queue: deque[Pending] = deque()
-        self._waiting: dict[Key, Pending] = {}
+        self.waiting: dict[Key, Pending] = {}
         self._alone_batches = 0
         self._stirred = asyncio.Event()
         self._job: asyncio.Task[None] | None = None
@@ -117,11 +120,13 @@ class Writer:
 
     def submit(self, pending: Pending) -> Verdict | asyncio.Future[Verdict]:
         """Queue a command; what became of it comes by itself. One under the id of a waiting one waits for that."""
-        first = self._waiting.get(pending.key)
-        if first is None and (known := self._memory.answered(pending)) is not None:
-            return known
-        if len(self._queue) >= QUEUE_COMMANDS_MAX:
-            return StoreUnavailable(why="Too many commands are waiting already")
+        first = self.waiting.get(pending.key)
+        verdict = self._memory.answered(pending) if first is None else None
+        if verdict is None and len(self._queue) >= QUEUE_COMMANDS_MAX:
+            verdict = StoreUnavailable(why="Too many commands are waiting already")
+        if verdict is not None:
+            self._commits.answered([(pending, verdict)])
+            return verdict
         pending.answer = asyncio.get_running_loop().create_future()
         if first is None:
             self._enqueue(pending)
@@ -130,11 +135,12 @@ class Writer:
         return pending.answer
 
     def _enqueue(self, pending: Pending) -> None:
-        self._waiting[pending.key] = pending
+        self.waiting[pending.key] = pending
         self._queue.append(pending)
         self._stirred.set()
         if self._job is None:
-            self._job = asyncio.create_task(self._run())
+            # Not in the context of who came first: what is done here is done for all.
+            self._job = asyncio.create_task(self._run(), context=Context())
 
     async def drained(self) -> None:
         """Return when nothing is on its way."""
@@ -161,7 +167,7 @@ class Writer:
             flight = following
             if flight is not None:
                 flight.decided.rebase(self._memory)
-                flight.job = asyncio.create_task(self._append(flight.decided))
+                flight.job = asyncio.create_task(self._append(flight))
                 flight.job.add_done_callback(lambda _: self._stirred.set())
             elif exact:
                 await self._settle(exact)
@@ -240,9 +246,10 @@ class Writer:
             raise Overtaken
         return rows
 
-    async def _append(self, decided: Batch) -> bool:
+    async def _append(self, flight: Flight) -> bool:
         """Append, or where there is nothing to append check the size: False if another was quicker."""
-        async with self._pool.connection() as connection:
+        decided = flight.decided
+        async with self._commits.committing(flight.fresh), self._pool.connection() as connection:
             connection.standby_missed = False
             if self._clock.stale:
                 await self._clock.measure(connection)
@@ -259,8 +266,7 @@ class Writer:
         assert flight.job is not None
         try:
             if await flight.job:
-                self._accept(flight.decided)
-                self._resolve(zip(flight.fresh, flight.verdicts, strict=True))
+                self._accept(flight)
                 return True
         except psycopg.errors.UniqueViolation:
             pass  # an id believed new was not: under the lock every id is looked up
@@ -272,6 +278,7 @@ class Writer:
         except Exception as error:  # noqa: BLE001  (the exact path meets it again, and says so)
             log.debug("%d commands go by the exact path: %r", len(flight.fresh), error)
         self._alone_batches = 0
+        self._commits.redecided += 1
         return False
 
     # The exact path
@@ -289,7 +296,7 @@ class Writer:
             # One command that cannot be decided or stored must not take its neighbours with it.
             log.exception("A batch of %d commands failed; trying them one by one", len(batch))
             for pending in batch:
-                if pending.key in self._waiting:
+                if pending.key in self.waiting:
                     await self._settle([pending])
 
     async def _commit(self, batch: list[Pending]) -> None:
@@ -312,7 +319,7 @@ class Writer:
 
     async def _append_locked(self, batch: list[Pending]) -> None:
         """Nobody else appends while this batch is decided."""
-        async with self._pool.connection() as connection:
+        async with self._commits.committing(batch), self._pool.connection() as connection:
             connection.standby_missed = False
             if self._clock.stale:
                 await self._clock.measure(connection)
@@ -329,8 +336,7 @@ class Writer:
             # From here on the batch is durable, unless the server warned that its standby is not there.
             if connection.standby_missed:
                 raise OutcomeUnknown
-        self._accept(flight.decided)
-        self._resolve(zip(fresh, flight.verdicts, strict=True))
+        self._accept(flight)
         self._answer_again([p for p in batch if p.key in locked.commands], locked.commands)
 
     # Deciding
@@ -429,15 +435,19 @@ class Writer:
 
     # Answering
 
-    def _accept(self, decided: Batch) -> None:
+    def _accept(self, flight: Flight) -> None:
         """The batch is durable."""
-        self._memory.accept(decided)
-        if decided.append.events:
-            self._announce(decided.append)
+        self._memory.accept(flight.decided)
+        if flight.decided.append.events:
+            self._commits.events += len(flight.decided.append.events)
+            self._announce(flight.decided.append)
+        self._resolve(zip(flight.fresh, flight.verdicts, strict=True))
 
-    def _resolve(self, verdicts: Iterable[tuple[Pending, Verdict]]) -> None:
+    def _resolve(self, answers: Iterable[tuple[Pending, Verdict]]) -> None:
+        verdicts = list(answers)
+        self._commits.answered(verdicts)
         for pending, verdict in verdicts:
-            self._waiting.pop(pending.key, None)
+            self.waiting.pop(pending.key, None)
             pending.resolve(verdict)
             if pending.rivals:
                 self._resolve_rivals(pending, verdict)
@@ -448,11 +458,11 @@ class Writer:
         rivals, pending.rivals = pending.rivals, []
         for place, rival in enumerate(rivals):
             if isinstance(verdict, Receipt) and rival.fingerprint == pending.fingerprint:
-                rival.resolve(replace(verdict, replayed=True))
+                self._resolve([(rival, replace(verdict, replayed=True))])
             elif isinstance(verdict, Receipt):
-                rival.resolve(IdempotencyKeyReused(command_id=rival.command_id))
+                self._resolve([(rival, IdempotencyKeyReused(command_id=rival.command_id))])
             elif verdict.status >= 429:
-                rival.resolve(verdict)
+                self._resolve([(rival, verdict)])
             else:
                 rival.rivals = rivals[place + 1 :]
                 self._enqueue(rival)

@@ -39,6 +39,9 @@ _SETTINGS = """
 | OIDC_ISSUER_URL, OIDC_AUDIENCE | whose access tokens are accepted, and for whom they must be |
 | OIDC_PROJECT_CLAIM, OIDC_ROLES_CLAIM, OIDC_KIND_CLAIM | claims, or dotted paths; default `project`, `roles`, `kind` |
 | HOST, PORT | where the API listens; default 127.0.0.1 and 8088 |
+| METRICS_TOKEN | the bearer token that the API's `/metrics` asks for; default: none, it is open |
+| OTEL_EXPORTER_PROMETHEUS_HOST, …_PORT | where a worker has its `/metrics`; default `localhost`, and nowhere |
+| OTEL_EXPORTER_OTLP_ENDPOINT | where traces go, by OTLP over HTTP; default: no traces |
 """
 
 app = App(
@@ -53,6 +56,10 @@ app = App(
 app.command("ops.projects:project", name="project")
 app.command("ops.projects:token", name="token")
 app.command("ops.importing:importing", name="import")
+app.command("ops.views:projections", name="projections")
+app.command("ops.doctor:doctor", name="doctor")
+app.command("ops.backup:backup", name="backup")
+app.command("ops.backup:restore", name="restore")
 
 Supervised = Annotated[bool, Parameter(show=False, negative=())]
 

@@ -19,6 +19,8 @@ from granian.log import LogLevels
 from granian.server import Server
 
 from ledger.settings import Settings
+from ledger.tracing import open_tracing
+from ops.logs import GRANIAN, write_log
 
 STOP_SECONDS = 10
 """How long requests in flight may take to end after SIGTERM."""
@@ -26,10 +28,11 @@ STOP_SECONDS = 10
 
 def serve(settings: Settings) -> None:
     """Answer HTTP on `settings.host`:`settings.port` until SIGTERM or SIGINT."""
-    serve_application("ops.serve:application", settings.host, settings.port)
+    granian_log = GRANIAN if settings.mode == "production" else None
+    serve_application("ops.serve:application", settings.host, settings.port, granian_log)
 
 
-def serve_application(factory: str, host: str, port: int) -> None:
+def serve_application(factory: str, host: str, port: int, log: dict[str, Any] | None = None) -> None:
     """The same for any application; the bench's peer must be served as ours is."""
     # Not fork: by then this process has threads, whose locks a fork copies as they are.
     multiprocessing.set_start_method("spawn", force=True)
@@ -43,6 +46,7 @@ def serve_application(factory: str, host: str, port: int) -> None:
         workers_kill_timeout=STOP_SECONDS,
         websockets=False,
         log_level=LogLevels.warning,
+        log_dictconfig=log,
     ).serve()
 
 
@@ -52,7 +56,10 @@ def application() -> Any:
 
     if parent := multiprocessing.parent_process():
         end_after(parent.join)
-    app = create_app()
+    settings = Settings.from_environment(os.environ)
+    tracing = open_tracing("muniment-api") if settings.traces else None
+    write_log(settings.mode, tracing)
+    app = create_app(settings, tracing)
     # Granian hears the signals by then, and on one of them waits for what is in flight.
     app.on_startup.append(partial(before_the_signals, app.end_waits))
     # What is made by now stays, and so does most of what requests leave in the caches: looking through all of

@@ -1,4 +1,4 @@
-"""The worker: one process that builds the views and expires what is due.
+"""The worker: one process that builds the views, rebuilds them, and expires what is due.
 
 Any number may run on one database: each job has one runner at a time (`ops/lease.py`), and any worker may be it.
 It starts without PostgreSQL and recovers by itself. Nothing is lost when it is killed; what a job does may not
@@ -7,18 +7,29 @@ stand here.
 
 import asyncio
 import gc
-import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from ledger.committer import Committer
 from ledger.postgres import open_pool
 from ledger.settings import Settings
+from ledger.telemetry import Exposed, of_pool, of_process
+from ledger.tracing import Tracing, open_tracing
 from ledger.vault import Vault
+from ops import OperatorError
 from ops.lease import run_alone
+from ops.logs import write_log
 from ops.sweeper import sweep_for_ever
 from projections import VIEWS, Projector
+from projections.rebuild import rebuild_for_ever
 
 CONNECTIONS_MAX = 10
+
+
+class WorkerError(OperatorError):
+    """The worker cannot run as it is asked to; the message says why."""
 
 
 async def run(settings: Settings) -> None:
@@ -29,33 +40,62 @@ async def run(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # it says again and again what we say once
+    tracing = open_tracing("muniment-worker") if settings.traces else None
+    write_log(settings.mode, tracing)
     # As in the API's process (serve.py): looking through all that stays would hold up the views for 40 ms at a time.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    await work(settings, stop)
+    await work(settings, stop, tracing)
 
 
-async def work(settings: Settings, stop: asyncio.Event) -> None:
-    """As `run`, until `stop` is set."""
+async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None = None) -> None:
+    """As `run`, until `stop` is set; then `tracing` is closed too."""
     async with open_pool(settings.database_url, CONNECTIONS_MAX) as pool:
         committer = Committer(
             pool,
             Vault(settings.keys_dir, pool, create_keys=False),
             create_ledgers=False,
             session_retention_days=settings.session_retention_days,
+            tracing=tracing,
         )
-        projector = Projector(pool, VIEWS, listen_to=settings.database_direct_url)
+        projector = Projector(pool, VIEWS, listen_to=settings.database_direct_url, tracing=tracing)
+        sources = (of_process, committer.commits.families, projector.projected.families, partial(of_pool, pool))
         try:
-            async with asyncio.TaskGroup() as group:
-                jobs = [
-                    group.create_task(run_alone(pool, "projector", projector.run)),
-                    group.create_task(run_alone(pool, "sweeper", lambda: sweep_for_ever(pool, committer))),
-                ]
-                await stop.wait()
-                # A batch of the projector's that is cut short here is undone, position and all.
-                for job in jobs:
-                    job.cancel()
+            with exposed(settings, Exposed(*sources)):
+                async with asyncio.TaskGroup() as group:
+                    jobs = [
+                        group.create_task(run_alone(pool, "projector", projector.run)),
+                        group.create_task(run_alone(pool, "sweeper", lambda: sweep_for_ever(pool, committer))),
+                        group.create_task(run_alone(pool, "rebuilder", lambda: rebuild_for_ever(pool))),
+                    ]
+                    await stop.wait()
+                    # A batch of the projector's that is cut short here is undone, position and all.
+                    for job in jobs:
+                        job.cancel()
         finally:
             await committer.close()
+            if tracing is not None:
+                tracing.close()
+
+
+@contextmanager
+def exposed(settings: Settings, metrics: Exposed) -> Iterator[None]:
+    """Let Prometheus have these, in a thread of their own, where a port is set for that. Raises WorkerError."""
+    if settings.worker_metrics_port is None:
+        yield
+        return
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    host, port = settings.worker_metrics_host, settings.worker_metrics_port
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise WorkerError(f"OTEL_EXPORTER_PROMETHEUS_PORT {host}:{port} cannot be listened on: {error}") from None
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

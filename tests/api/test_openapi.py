@@ -191,6 +191,7 @@ async def test_the_document_that_is_served_is_this_one_and_names_every_route(cli
         ("/health", "GET"),
         ("/health/live", "GET"),
         ("/health/ready", "GET"),
+        ("/metrics", "GET"),
         ("/status", "GET"),
         ("/openapi.json", "GET"),
     }
