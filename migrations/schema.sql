@@ -27,6 +27,33 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION projections.make_schema(name text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+BEGIN
+    IF name !~ '^[a-z]+_next$' THEN
+        RAISE EXCEPTION 'no view is built in a schema called %', name USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    EXECUTE format('CREATE SCHEMA %I AUTHORIZATION muniment_worker', name);
+    EXECUTE format('GRANT USAGE ON SCHEMA %I TO muniment_api', name);
+END
+$_$;
+
+CREATE FUNCTION projections.rename_schema(name text, new_name text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+BEGIN
+    IF new_name !~ '^[a-z]+(_next|_old)?$' OR split_part(name, '_', 1) <> split_part(new_name, '_', 1) OR NOT EXISTS (
+        SELECT FROM pg_namespace WHERE nspname = name AND nspowner = 'muniment_worker'::regrole
+    ) THEN
+        RAISE EXCEPTION 'the schema % is not to be called %', name, new_name USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    EXECUTE format('ALTER SCHEMA %I RENAME TO %I', name, new_name);
+END
+$_$;
+
 CREATE TABLE approvals.approvals (
     ledger_id uuid NOT NULL,
     approval_id uuid NOT NULL,
@@ -149,11 +176,14 @@ CREATE TABLE ledger.tasks (
     run_at timestamp with time zone NOT NULL,
     deadline_at timestamp with time zone,
     lease_id uuid,
-    lease_until timestamp with time zone
+    lease_until timestamp with time zone,
+    holder text NOT NULL
 )
 WITH (fillfactor='70', autovacuum_vacuum_scale_factor='0.05');
 
 COMMENT ON COLUMN ledger.tasks.rank IS 'When it may run, put forward by its priority: the order in which it is handed out.';
+
+COMMENT ON COLUMN ledger.tasks.holder IS 'The principal whose lease it is; empty where it has none.';
 
 CREATE TABLE muniment.deployment (
     only_row boolean DEFAULT true NOT NULL,
@@ -185,6 +215,31 @@ CREATE TABLE projections.positions (
     updated_at timestamp with time zone DEFAULT now() NOT NULL
 )
 WITH (fillfactor='10', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_scale_factor='0');
+
+CREATE TABLE projections.rebuilds (
+    view text NOT NULL,
+    number bigint DEFAULT 1 NOT NULL,
+    state text NOT NULL,
+    asked_by text NOT NULL,
+    reason text NOT NULL,
+    began_at timestamp with time zone DEFAULT now() NOT NULL,
+    ended_at timestamp with time zone,
+    ended_because text,
+    code_version text,
+    heads_digest text,
+    rows_compared bigint,
+    digest text,
+    CONSTRAINT rebuilds_state_check CHECK ((state = ANY (ARRAY['filling'::text, 'comparing'::text, 'switched'::text, 'rolled_back'::text, 'cancelled'::text, 'failed'::text])))
+);
+
+CREATE TABLE projections.skips (
+    view text NOT NULL,
+    ledger_id uuid NOT NULL,
+    "position" bigint NOT NULL,
+    asked_by text NOT NULL,
+    reason text NOT NULL,
+    asked_at timestamp with time zone DEFAULT now() NOT NULL
+);
 
 CREATE TABLE records.segments (
     ledger_id uuid NOT NULL,
@@ -276,6 +331,12 @@ ALTER TABLE ONLY projections.leases
 
 ALTER TABLE ONLY projections.positions
     ADD CONSTRAINT positions_pkey PRIMARY KEY (view, ledger_id);
+
+ALTER TABLE ONLY projections.rebuilds
+    ADD CONSTRAINT rebuilds_pkey PRIMARY KEY (view);
+
+ALTER TABLE ONLY projections.skips
+    ADD CONSTRAINT skips_pkey PRIMARY KEY (view, ledger_id, "position");
 
 ALTER TABLE ONLY records.segments
     ADD CONSTRAINT segments_pkey PRIMARY KEY (ledger_id, first);
@@ -379,6 +440,12 @@ GRANT USAGE ON SCHEMA sessions TO muniment_api;
 
 GRANT USAGE ON SCHEMA tasks TO muniment_api;
 
+REVOKE ALL ON FUNCTION projections.make_schema(name text) FROM PUBLIC;
+GRANT ALL ON FUNCTION projections.make_schema(name text) TO muniment_worker;
+
+REVOKE ALL ON FUNCTION projections.rename_schema(name text, new_name text) FROM PUBLIC;
+GRANT ALL ON FUNCTION projections.rename_schema(name text, new_name text) TO muniment_worker;
+
 GRANT SELECT ON TABLE approvals.approvals TO muniment_api;
 
 GRANT SELECT ON TABLE audit.segments TO muniment_api;
@@ -412,6 +479,12 @@ GRANT INSERT,DELETE,UPDATE ON TABLE projections.leases TO muniment_worker;
 
 GRANT SELECT ON TABLE projections.positions TO muniment_api;
 GRANT INSERT,DELETE,UPDATE ON TABLE projections.positions TO muniment_worker;
+
+GRANT SELECT ON TABLE projections.rebuilds TO muniment_api;
+GRANT INSERT,DELETE,UPDATE ON TABLE projections.rebuilds TO muniment_worker;
+
+GRANT SELECT ON TABLE projections.skips TO muniment_api;
+GRANT INSERT,DELETE,UPDATE ON TABLE projections.skips TO muniment_worker;
 
 GRANT SELECT ON TABLE records.segments TO muniment_api;
 

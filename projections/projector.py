@@ -9,10 +9,12 @@ What a view makes of an event may not stand here.
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import pairwise
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 from uuid import UUID
 
 import psycopg
@@ -21,8 +23,10 @@ from psycopg_pool import PoolTimeout
 
 from ledger import store
 from ledger.entry import Recorded
-from ledger.postgres import Connection, Pool, Statement, bigint, queries, texts, uuid
+from ledger.postgres import Connection, Pool, Statement, bigint, bigints, queries, texts, uuid
 from ledger.store import Stored
+from ledger.telemetry import Projected
+from ledger.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +53,20 @@ TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycop
 """The database's trouble, not an event's: it is tried again, and nothing is parked."""
 
 
-Memory: TypeAlias = dict[UUID, Any]
-"""What a view remembers of a ledger so as not to read it again: true as of the last batch, or thrown away."""
+class Memory(dict[UUID, Any]):
+    """What the view in `schema` remembers of a ledger so as not to read it again: true as of the last batch, or thrown
+    away."""
+
+    def __init__(self, schema: str) -> None:
+        super().__init__()
+        self.schema = schema
 
 
 class View(Protocol):
-    """What a view must offer to be projected."""
+    """What a view must offer to be projected.
+
+    Its SQL names it before the dot of a table and in quotes, and nowhere else: see `in_schema`.
+    """
 
     WRITE: bytes
     """The parts of a WITH that write the view's rows: each from `advanced AS a` where `a.view` is its name. It says
@@ -69,8 +81,20 @@ class View(Protocol):
         ...
 
 
+def view_of(schema: str) -> str:
+    """The view that a schema is a build of: `sessions` is that which is read, `sessions_next` one in the making."""
+    return schema.partition("_")[0]
+
+
+@cache
+def in_schema(sql: bytes, schema: str) -> bytes:
+    """A view's `sql`, about that build of it."""
+    name = view_of(schema).encode()
+    return re.sub(rb"\b%b(?=\.[a-z])|(?<=')%b(?=')" % (name, name), schema.encode(), sql)
+
+
 class Overtaken(Exception):
-    """A view is not where this projector believed: another one has moved it."""
+    """A view is not where this projector believed, or not what it was: another has moved it, or it was switched."""
 
 
 class Gap(Exception):
@@ -78,19 +102,30 @@ class Gap(Exception):
 
 
 class Place(Struct):
-    """Where a view stands in a ledger."""
+    """Where a view stands in a ledger. `schema` is the number of its schema, which it keeps whatever its name."""
 
     position: int
     parked: bool
+    schema: int
 
 
 class Projector:
-    """Keeps `views` at the end of every ledger. See `run`."""
+    """Keeps `views` at the end of every ledger, each in the schema that is its key. See `run`."""
 
-    def __init__(self, pool: Pool, views: Mapping[str, View], *, listen_to: str | None = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        views: Mapping[str, View],
+        *,
+        listen_to: str | None = None,
+        tracing: Tracing | None = None,
+        batch_events_max: int | None = None,
+    ) -> None:
+        self.projected = Projected(tracing)
         self._pool = pool
         self._views = views
         self._listen_to = listen_to
+        self._batch_events_max = batch_events_max or BATCH_EVENTS_MAX
         self._places: dict[UUID, dict[str, Place]] = {}
         self._memories: dict[tuple[UUID, str], Memory] = {}
         # A ledger is here while it waits, is worked on, or rests; True: it grew since it was last read.
@@ -179,7 +214,7 @@ class Projector:
                 continue
             except Overtaken:
                 events = 1  # we look again where it stands; who holds the lease is settled elsewhere
-            if events >= BATCH_EVENTS_MAX:
+            if events >= self._batch_events_max:
                 self._waiting.put_nowait(ledger_id)
             elif events or self._busy[ledger_id]:
                 took = loop.time() - began
@@ -204,10 +239,9 @@ class Projector:
 
     async def _advance(self, ledger_id: UUID) -> int:
         async with self._pool.connection() as connection:
-            if ledger_id not in self._places:
-                self._places[ledger_id] = await self._load_places(connection, ledger_id)
+            await self._look_up(connection, ledger_id)
             events = 0
-            for position, limit, names in _groups(self._places[ledger_id]):
+            for position, limit, names in _groups(self._places[ledger_id], self._batch_events_max):
                 batch, failure = _decode(await self._read(connection, ledger_id, position, limit), position)
                 if batch:
                     await self._apply(connection, ledger_id, names, batch)
@@ -216,15 +250,46 @@ class Projector:
                     for name in names:
                         if self._places[ledger_id][name].position == reached:
                             await self._park(connection, ledger_id, name, failure)
+                            events += not self._places[ledger_id][name].parked
                 events += len(batch)
             return events
+
+    async def meet(self, connection: Connection, ledger_id: UUID) -> dict[str, Place]:
+        """Bring all views to where the foremost one stands, in the transaction that the caller has open, while nobody
+        else moves them; what is parked stays. Answers where they stand. Raises as `advance`."""
+        places = self._places[ledger_id] = await self._load_places(connection, ledger_id)
+        end = max(place.position for place in places.values())
+        while behind := [group for group in _groups(places, self._batch_events_max) if group[0] < end]:
+            position, limit, names = behind[0]
+            batch, failure = _decode(
+                await self._read(connection, ledger_id, position, min(limit, end - position)), position
+            )
+            if batch:
+                await self._apply(connection, ledger_id, names, batch)
+            else:
+                for name in names:
+                    await self._park(connection, ledger_id, name, failure or Gap(f"event {position + 1} is not there"))
+        return places
+
+    async def _look_up(self, connection: Connection, ledger_id: UUID) -> None:
+        """Where the views stand, unless that is known; and what is parked, for an operator may have seen to that."""
+        known = self._places.get(ledger_id)
+        if known is None:
+            self._places[ledger_id] = await self._load_places(connection, ledger_id)
+            for place in self._places[ledger_id].values():
+                place.parked = False  # tried once more by whoever starts: the code may be newer by now
+        elif any(place.parked for place in known.values()):
+            found = await self._load_places(connection, ledger_id)
+            for name, place in known.items():
+                if (found[name].position, found[name].schema) != (place.position, place.schema):
+                    raise Overtaken
+                place.parked = place.parked and found[name].parked
 
     async def _load_places(self, connection: Connection, ledger_id: UUID) -> dict[str, Place]:
         values = {"ledger_id": ledger_id, "views": list(self._views)}
         await connection.execute(SQL.begin, values)
         rows = await (await connection.execute(SQL.places, values)).fetchall()
-        # What was parked is tried once more by whoever starts: the code may be newer by now.
-        return {name: Place(position, False) for name, position, _ in rows}
+        return {name: Place(*place) for name, *place in rows}
 
     async def _read(self, connection: Connection, ledger_id: UUID, after: int, limit: int) -> list[Stored]:
         values = {
@@ -240,7 +305,8 @@ class Projector:
     ) -> None:
         """Project `batch` into these views; where one of its events cannot be, up to that event, and park."""
         try:
-            await self._commit(connection, ledger_id, names, batch)
+            with self.projected.projecting(names, batch):
+                await self._commit(connection, ledger_id, names, batch)
         except psycopg.errors.ProgramLimitExceeded as error:
             failure: Exception = error  # the server's limit, but this event's doing
         except (Overtaken, *TROUBLE):
@@ -267,11 +333,12 @@ class Projector:
         values = {
             "ledger_id": uuid(ledger_id),
             "views": texts(names),
+            "schemas": bigints(self._places[ledger_id][name].schema for name in names),
             "expected": bigint(batch[0].position - 1),
             "reached": bigint(reached),
         }
         # Whatever goes wrong from here on, what the views remember is not to be trusted any more.
-        memories = {name: self._memories.pop((ledger_id, name), {}) for name in names}
+        memories = {name: self._memories.pop((ledger_id, name), Memory(name)) for name in names}
         writing = []
         for name in names:
             if rows := await self._views[name].project(connection, ledger_id, batch, memories[name]):
@@ -291,15 +358,21 @@ class Projector:
         """The one write that moves views on, with the rows of these."""
         key = tuple(names)
         if key not in self._writes:
-            sql = b", ".join([SQL.advance, *(self._views[name].WRITE for name in names)]) + SQL.advanced
+            writes = [in_schema(self._views[name].WRITE, name) for name in names]
+            sql = b", ".join([SQL.advance, *writes]) + SQL.advanced
             self._writes[key] = Statement("write", sql)
         return self._writes[key]
 
     async def _park(self, connection: Connection, ledger_id: UUID, name: str, failure: Exception) -> None:
+        """Stop this view before the event after its place; or pass it over, where an operator decided so."""
         place = self._places[ledger_id][name]
-        place.parked = True
         reason = f"{type(failure).__name__}: {failure}".replace("\0", "\ufffd")[:2000]
         values = {"ledger_id": ledger_id, "view": name, "expected": place.position, "reason": reason}
+        values |= {"skipped_by": view_of(name), "schema": place.schema}
+        if (await connection.execute(SQL.pass_over, values)).rowcount:
+            place.position += 1
+            return
+        place.parked = True
         await connection.execute(SQL.park, values)
         self._say(
             (ledger_id, name),
@@ -315,7 +388,7 @@ class Projector:
             self._said[topic] = text
 
 
-def _groups(places: Mapping[str, Place]) -> Iterator[tuple[int, int, list[str]]]:
+def _groups(places: Mapping[str, Place], most: int) -> Iterator[tuple[int, int, list[str]]]:
     """The views that go on together: where they stand, how many events at most, their names.
 
     One that is behind goes on by itself, and just as far as the next, so that they meet.
@@ -324,7 +397,7 @@ def _groups(places: Mapping[str, Place]) -> Iterator[tuple[int, int, list[str]]]
     positions = sorted(set(going.values()))
     for position, following in pairwise([*positions, None]):
         assert position is not None
-        limit = BATCH_EVENTS_MAX if following is None else min(BATCH_EVENTS_MAX, following - position)
+        limit = most if following is None else min(most, following - position)
         yield position, limit, [name for name in going if going[name] == position]
 
 

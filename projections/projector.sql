@@ -16,8 +16,9 @@ WHERE l.ledger_id = %(ledger_id)s AND NOT l.is_foreign
 ON CONFLICT DO NOTHING
 
 -- name: places
-SELECT view, position, parked_position IS NOT NULL FROM projections.positions
-WHERE ledger_id = %(ledger_id)s AND view = ANY(%(views)s)
+-- A schema's number stays with it when it is renamed; a view without a schema has none.
+SELECT view, position, parked_position IS NOT NULL, coalesce(to_regnamespace(view)::oid::bigint, 0)
+FROM projections.positions WHERE ledger_id = %(ledger_id)s AND view = ANY(%(views)s)
 
 -- name: read
 -- The next events, so many or so large at most, and one at least. octet_length does not read what is stored out
@@ -39,13 +40,16 @@ ORDER BY position
 
 -- name: advance
 -- The one write, completed by what each view writes. A view is moved on only from where this projector believes it
--- to be, and all its rows follow from that: where another projector has been quicker, nothing is written. The row's
--- lock makes one of them wait for the other. The transaction need not reach the disk before it ends: what a crash
+-- to be, and only in the schema that it believes to be the view's; all its rows follow from that: where another
+-- projector has been quicker, or the view was switched, nothing is written. The row's lock makes one projector wait
+-- for the other, and the table's for a switch: it has this statement planned again, and so find the names as they
+-- are after it (rebuild.py). The transaction need not reach the disk before it ends: what a crash
 -- takes back, it takes back together.
 WITH advanced AS (
     UPDATE projections.positions
     SET position = %(reached)s::bigint, parked_position = NULL, parked_reason = NULL, parked_at = NULL, updated_at = now()
     WHERE ledger_id = %(ledger_id)s::uuid AND view = ANY(%(views)s::text[]) AND position = %(expected)s::bigint
+    AND coalesce(to_regnamespace(view)::oid::bigint, 0) = ANY(%(schemas)s::bigint[])
     RETURNING view, ledger_id, set_config('synchronous_commit', 'off', true)
 )
 
@@ -56,6 +60,17 @@ SELECT count(*) FROM advanced
 UPDATE projections.positions
 SET parked_position = position + 1, parked_reason = %(reason)s, parked_at = coalesce(parked_at, now())
 WHERE ledger_id = %(ledger_id)s::uuid AND view = %(view)s AND position = %(expected)s::bigint
+AND coalesce(to_regnamespace(view)::oid::bigint, 0) = %(schema)s
+
+-- name: pass_over
+-- Leave out the next event, if an operator said that this view may.
+UPDATE projections.positions
+SET position = position + 1, parked_position = NULL, parked_reason = NULL, parked_at = NULL, updated_at = now()
+WHERE ledger_id = %(ledger_id)s AND view = %(view)s AND position = %(expected)s
+AND coalesce(to_regnamespace(view)::oid::bigint, 0) = %(schema)s AND EXISTS (
+    SELECT FROM projections.skips AS s
+    WHERE s.view = %(skipped_by)s AND s.ledger_id = %(ledger_id)s AND s.position = %(expected)s + 1
+)
 
 -- name: parked
 SELECT DISTINCT ledger_id FROM projections.positions WHERE view = ANY(%(views)s) AND parked_position IS NOT NULL

@@ -33,17 +33,18 @@ from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.postgres import Pool, open_pool
 from ledger.session import Session
-from ledger.system import ExpireSession
+from ledger.system import ExpireSession, Overdue
 from ledger.values import SYSTEM, Action, Actor
 from ledger.vault import Vault
 from ops.lease import LEASE_SECONDS, run_alone
 from ops.sweeper import overdue, sweep
 from projections import VIEWS, Projector, audit, caught_up, sessions
-from projections.approvals import Overdue
 from tests.check import check_ledger, of_type, states
 from tests.conftest import Database, database_of
 
 AGENT = Actor(issuer="https://id.example", sub="a", kind="agent", assurance="authenticated", roles=("agent",))
+
+JOBS = ("projector", "sweeper", "rebuilder")
 
 
 @asynccontextmanager
@@ -110,12 +111,12 @@ async def test_of_two_workers_one_runs_each_job_and_the_other_takes_over_when_it
     ledger = await committer.ledger("demo")
     assert ledger is not None
     async with worker(database.worker, tmp_path) as first:
-        await until(lambda: _is(holders(pool), {"projector": str(first.pid), "sweeper": str(first.pid)}))
+        await until(lambda: _is(holders(pool), dict.fromkeys(JOBS, str(first.pid))))
         async with worker(database.worker, tmp_path) as second:
             await caught_up(pool, "audit", ledger.ledger_id, min_position=1, timeout_seconds=20)
             first.send_signal(signal.SIGKILL)
             killed_at = asyncio.get_running_loop().time()
-            await until(lambda: _is(holders(pool), {"projector": str(second.pid), "sweeper": str(second.pid)}))
+            await until(lambda: _is(holders(pool), dict.fromkeys(JOBS, str(second.pid))))
             assert asyncio.get_running_loop().time() - killed_at < LEASE_SECONDS + 4
             await committer.submit("demo", OpenSession(agent_role="y"), AGENT)
             await caught_up(pool, "audit", ledger.ledger_id, min_position=2, timeout_seconds=20)
