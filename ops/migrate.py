@@ -95,18 +95,18 @@ async def migrate(url: str, deployment: str | None = None, migrations: Mapping[s
                 f"MIGRATE_DATABASE_URL must name its owner"
             ) from error
         await _settle_deployment(connection, deployment)
-        pending = await _pending(connection, wanted)
+        missing = await pending(connection, wanted)
         await connection.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
-        for name in pending:
+        for name in missing:
             await _apply(connection, name, wanted[name])
-    return pending
+    return missing
 
 
 async def check(url: str, deployment: str | None, *, production: bool) -> None:
     """Refuse to start on a database that one must not work on; one that cannot be reached yet is no reason.
 
-    Raises `MigrationError` if it is another deployment's and, in production, if the role of `url` could change
-    what was recorded.
+    Raises `MigrationError` if it is another deployment's, if its schema is not this version's and, in production,
+    if the role of `url` could change what was recorded.
     """
     try:
         connection = await AsyncConnection.connect(url, autocommit=True, connect_timeout=5)
@@ -116,24 +116,39 @@ async def check(url: str, deployment: str | None, *, production: bool) -> None:
         try:
             if deployment:
                 await _agree(connection, deployment)
+            wanted = shipped()
+            missing = await pending(connection, wanted)
+            if missing == list(wanted):
+                return  # nothing of it yet, as where there are no tables
+            if missing:
+                raise MigrationError(
+                    f"The database's schema is older than this version of Muniment, without {', '.join(missing)}: "
+                    f"run `muniment migrate`"
+                )
             if production:
-                for table in ("events", "payloads", "commands"):
-                    await _refuses_change(connection, sql.Identifier("ledger", table))
+                await refuse_changes(connection)
         except psycopg.errors.UndefinedTable:
             return  # not migrated yet: every answer is 503 until it is
 
 
-async def _refuses_change(connection: AsyncConnection[Any], table: sql.Identifier) -> None:
-    # The triggers are of the statement, so they speak up although no row is touched.
-    for attempt in ("UPDATE {} SET ledger_id = ledger_id WHERE false", "DELETE FROM {} WHERE false"):
-        try:
-            await connection.execute(sql.SQL(attempt).format(table))
-        except psycopg.errors.InsufficientPrivilege:
-            continue
-        raise MigrationError(
-            f"This database lets {connection.info.user!r} change {table.as_string()}, and in production Muniment does "
-            f"not start on such a one: connect as muniment_api or muniment_worker, and put the triggers back"
-        )
+async def refuse_changes(connection: AsyncConnection[Any]) -> None:
+    """Try to change what was recorded, as the role that `connection` has now; nothing stays of what is tried.
+
+    Raises `MigrationError` where it is not refused.
+    """
+    for table in (sql.Identifier("ledger", name) for name in ("events", "payloads", "commands")):
+        # The triggers are of the statement, so they speak up although no row is touched.
+        for attempt in ("UPDATE {} SET ledger_id = ledger_id WHERE false", "DELETE FROM {} WHERE false"):
+            try:
+                async with connection.transaction(force_rollback=True):
+                    await connection.execute(sql.SQL(attempt).format(table))
+            except psycopg.errors.InsufficientPrivilege:
+                continue
+            who = await (await connection.execute("SELECT current_user")).fetchone()
+            raise MigrationError(
+                f"This database lets {who[0] if who else '?'!r} change {table.as_string()}, and in production Muniment "
+                f"does not start on such a one: connect as muniment_api or muniment_worker, and put the triggers back"
+            )
 
 
 async def _settle_deployment(connection: AsyncConnection[Any], deployment: str | None) -> None:
@@ -154,7 +169,8 @@ async def _agree(connection: AsyncConnection[Any], deployment: str) -> None:
         )
 
 
-async def _pending(connection: AsyncConnection[Any], wanted: Mapping[str, str]) -> list[str]:
+async def pending(connection: AsyncConnection[Any], wanted: Mapping[str, str]) -> list[str]:
+    """Those of the `wanted` files that are still to be applied. Raises `MigrationError` where that cannot be."""
     rows = await (await connection.execute("SELECT name, sha256 FROM muniment.migrations ORDER BY name")).fetchall()
     for name, digest in rows:
         if name not in wanted:
@@ -168,10 +184,10 @@ async def _pending(connection: AsyncConnection[Any], wanted: Mapping[str, str]) 
                 f"into a new migration"
             )
     applied = {name for name, _ in rows}
-    pending = [name for name in wanted if name not in applied]
-    if applied and pending and pending[0] < max(applied):
-        raise MigrationError(f"{pending[0]} comes before {max(applied)}, which is applied: give it a later number")
-    return pending
+    missing = [name for name in wanted if name not in applied]
+    if applied and missing and missing[0] < max(applied):
+        raise MigrationError(f"{missing[0]} comes before {max(applied)}, which is applied: give it a later number")
+    return missing
 
 
 async def _apply(connection: AsyncConnection[Any], name: str, text: str) -> None:

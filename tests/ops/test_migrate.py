@@ -164,3 +164,17 @@ async def test_production_refuses_a_database_that_lets_it_change_what_was_record
 async def test_a_database_away_or_still_empty_is_no_reason_not_to_start(empty: str) -> None:
     await check(empty, "localhost", production=True)
     await check("postgresql://nobody@127.0.0.1:1/none", "localhost", production=True)
+
+
+async def test_no_process_starts_on_another_versions_schema(database: Database) -> None:
+    last = list(shipped())[-1]
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        connection.execute("DELETE FROM muniment.migrations WHERE name = %s", [last])
+        with pytest.raises(MigrationError, match=rf"older than this version.*{last}: run `muniment migrate`"):
+            await check(database.api, None, production=False)
+        connection.execute("INSERT INTO muniment.migrations (name, sha256) VALUES (%s, '')", [last])
+        with pytest.raises(MigrationError, match=f"{last} was edited after it was applied"):
+            await check(database.api, None, production=False)
+        connection.execute("UPDATE muniment.migrations SET name = '9999_later.sql' WHERE name = %s", [last])
+        with pytest.raises(MigrationError, match=r"has 9999_later\.sql, .*Run that version or a later one"):
+            await check(database.api, None, production=False)

@@ -1,0 +1,58 @@
+-- name: server
+SELECT current_user, rolsuper, pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',
+    pg_database_size(current_database())
+FROM pg_roles WHERE rolname = current_user
+
+-- name: invalid_indexes
+-- What a CREATE INDEX CONCURRENTLY that was cut short leaves: kept up by every write, used by no query.
+SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid
+
+-- name: role_settings
+-- What the migrations set on the roles, and a copy of the database alone leaves behind.
+SELECT rolname, coalesce(rolconfig, '{}') FROM pg_roles WHERE rolname = ANY(%(roles)s)
+
+-- name: rights
+-- What these roles may do to what was recorded, where they should not.
+SELECT r.rolname, t.name, string_agg(p.name, ', ' ORDER BY p.name)
+FROM pg_roles AS r
+CROSS JOIN unnest(ARRAY['events', 'payloads', 'commands', 'ledgers']) AS t (name)
+CROSS JOIN unnest(ARRAY['UPDATE', 'DELETE', 'TRUNCATE']) AS p (name)
+WHERE r.rolname = ANY(%(roles)s) AND NOT (t.name = 'ledgers' AND p.name = 'UPDATE') AND (
+    has_table_privilege(r.rolname, 'ledger.' || t.name, p.name)
+    OR p.name = 'UPDATE' AND has_any_column_privilege(r.rolname, 'ledger.' || t.name, 'UPDATE')
+)
+GROUP BY r.rolname, t.name
+ORDER BY r.rolname, t.name
+
+-- name: triggers
+-- The triggers that refuse changes, where they are missing or do not fire.
+SELECT t.name, coalesce(g.tgname, CASE t.name WHEN 'ledgers' THEN 'kept' ELSE 'append_only' END), g.tgname IS NOT NULL
+FROM unnest(ARRAY['events', 'payloads', 'commands', 'ledgers']) AS t (name)
+LEFT JOIN pg_trigger AS g
+    ON g.tgrelid = ('ledger.' || t.name)::regclass AND g.tgname IN ('append_only', 'kept') AND NOT g.tgisinternal
+WHERE coalesce(g.tgenabled NOT IN ('O', 'A'), true)
+ORDER BY t.name
+
+-- name: durability
+SELECT name, setting FROM pg_settings
+WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit', 'data_checksums', 'synchronous_standby_names')
+
+-- name: commit_settings
+-- Where a role, a database or both together are told to commit in another way.
+SELECT coalesce(r.rolname, 'every role'), substr(c.entry, length('synchronous_commit=') + 1)
+FROM pg_db_role_setting AS s
+LEFT JOIN pg_roles AS r ON r.oid = s.setrole
+LEFT JOIN pg_database AS d ON d.oid = s.setdatabase
+CROSS JOIN unnest(s.setconfig) AS c (entry)
+WHERE starts_with(c.entry, 'synchronous_commit=') AND (s.setdatabase = 0 OR d.datname = current_database())
+    AND (s.setrole = 0 OR r.rolname = ANY(%(roles)s))
+
+-- name: latest
+-- The ledger that has the latest time of all.
+SELECT project_id, last_recorded_at FROM ledger.ledgers ORDER BY last_recorded_at DESC LIMIT 1
+
+-- name: project_keys
+SELECT project_id, key_id FROM keys.project_keys ORDER BY project_id
+
+-- name: backend
+SELECT pg_backend_pid()
