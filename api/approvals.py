@@ -23,7 +23,6 @@ from ledger.commands import (
     EditApproval,
     Moment,
     PresentApproval,
-    Receipt,
     RecordOutcome,
     RequestApproval,
     RevokeApproval,
@@ -31,6 +30,7 @@ from ledger.commands import (
     WithdrawVote,
 )
 from ledger.postgres import Connection
+from ledger.receipt import Receipt
 from ledger.values import Line, Risk
 from projections import approvals
 

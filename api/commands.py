@@ -33,9 +33,10 @@ from api.reading import Fresh, NoParameters, head, read_query, reading
 from api.resources import Claims
 from ledger import errors
 from ledger.batch import RULES
-from ledger.commands import COMMANDS, BeginUse, Command, CommandId, Receipt
+from ledger.commands import COMMANDS, BeginUse, Command, CommandId
 from ledger.entry import canonical
 from ledger.errors import MalformedRequest, MunimentError, NotFound
+from ledger.receipt import Receipt
 from ledger.replay import ANSWERED_AS_IT_IS
 from ledger.syntax import explain, read_command
 from ledger.values import Line, Principal

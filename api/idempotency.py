@@ -21,8 +21,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from ledger.batch import RULES
-from ledger.commands import COMMANDS, Receipt
+from ledger.commands import COMMANDS
 from ledger.errors import ERRORS
+from ledger.receipt import Receipt
 from ledger.vault import Vault
 
 log = logging.getLogger(__name__)

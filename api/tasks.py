@@ -40,7 +40,6 @@ from ledger.commands import (
     FailTask,
     Kind,
     Moment,
-    Receipt,
     RedriveTask,
     Seconds,
     SubmitTask,
@@ -48,6 +47,7 @@ from ledger.commands import (
 )
 from ledger.errors import LeaseLost, MalformedRequest, NotFound
 from ledger.known import offer
+from ledger.receipt import Receipt
 from ledger.syntax import explain
 from ledger.task import State, Task
 from ledger.values import Line

@@ -18,7 +18,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from ledger import approval, record, session, task
-from ledger.commands import ClaimTasks, Command, Receipt
+from ledger.commands import ClaimTasks, Command
 from ledger.entry import Event, canonical, encode, leaf_hash
 from ledger.errors import (
     AlreadyExists,
@@ -34,6 +34,7 @@ from ledger.known import Known, NotLoaded, Offer, Queue, offer
 from ledger.pending import Pending, Verdict
 from ledger.queue import On, RefusedOnRecord, Rules, Same
 from ledger.reactions import REACTIONS
+from ledger.receipt import Receipt, said
 from ledger.store import Append, CommandRow, EventRow, OpenItem
 from ledger.values import SYSTEM, Actor, Stamp, stamp
 from ledger.vault import Place, Vault
@@ -440,22 +441,6 @@ def _refused(pending: Pending, refusal: MunimentError) -> CommandRefused:
         code=refusal.code,
         params=msgspec.to_builtins(refusal.params),
         attempted=attempted,
-    )
-
-
-def said(row: CommandRow, state: Any, refusal: MunimentError | None = None, *, replayed: bool = False) -> Receipt:
-    """The receipt of the command that did what `row` says."""
-    return Receipt(
-        command_id=row.command_id,
-        type=row.type,
-        status=row.status,
-        target=row.target,
-        first_position=row.first_position,
-        event_count=row.event_count,
-        seen_position=row.seen_position,
-        state=state,
-        refusal=refusal,
-        replayed=replayed,
     )
 
 

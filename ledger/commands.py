@@ -1,4 +1,4 @@
-"""Every request a caller may make, and the receipt it is answered with.
+"""Every request a caller may make.
 
 A command is imperative, names at most one target, and says which roles may give it. How its bytes are read is
 in `syntax.py`; what becomes of it is for the rules.
@@ -10,7 +10,6 @@ from uuid import UUID
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from ledger.errors import MunimentError
 from ledger.values import (
     ONE_LINE,
     Action,
@@ -452,26 +451,3 @@ COMMANDS: tuple[type[Command], ...] = (
     RecordOutcome,
 )
 """What a caller may send; the system's own commands are not among them."""
-
-
-class Receipt(Struct, frozen=True, kw_only=True):
-    """What became of a command. Every answer, first or replayed, is made from this and nothing else.
-
-    `state` is the target folded to `seen_position`; `refusal` is set when the command was refused and
-    the refusal recorded. A command that appended nothing has `event_count` 0 and `first_position` 0.
-    """
-
-    command_id: str
-    type: str
-    status: int
-    target: UUID | None
-    first_position: int
-    event_count: int
-    seen_position: int
-    state: Any = None
-    refusal: MunimentError | None = None
-    replayed: bool = False
-
-    @property
-    def positions(self) -> range:
-        return range(self.first_position, self.first_position + self.event_count)

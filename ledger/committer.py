@@ -15,13 +15,14 @@ from msgspec import UNSET
 from uuid_utils.compat import uuid7
 
 from ledger import store
-from ledger.commands import Command, Receipt
+from ledger.commands import Command
 from ledger.entry import canonical
 from ledger.errors import MunimentError, StoreUnavailable, UnknownProject
 from ledger.memory import Refusals
 from ledger.pending import Pending, Verdict
 from ledger.postgres import Clock, Pool, store_errors
 from ledger.project_key import UnusableKey
+from ledger.receipt import Receipt
 from ledger.replay import recall
 from ledger.store import Ledger
 from ledger.telemetry import Commits

@@ -16,11 +16,11 @@ from limits.strategies import MovingWindowRateLimiter
 from msgspec.structs import replace
 
 from ledger.batch import REFUSALS_PER_MINUTE_MAX, Batch
-from ledger.commands import Receipt
 from ledger.entry import Recorded
 from ledger.errors import IdempotencyKeyReused
 from ledger.known import NotLoaded
 from ledger.pending import Pending, Verdict
+from ledger.receipt import Receipt
 from ledger.record import RecordedFact
 from ledger.replay import ANSWERED_AS_IT_IS, fold_all
 from ledger.store import CommandRow, Ledger, Locked, OpenItem

@@ -12,8 +12,9 @@ from uuid import UUID
 from msgspec import Struct, field
 from uuid_utils.compat import uuid7
 
-from ledger.commands import Command, Receipt
+from ledger.commands import Command
 from ledger.errors import InternalError, MunimentError
+from ledger.receipt import Receipt
 from ledger.values import Actor
 from ledger.vault import Held
 

@@ -6,12 +6,12 @@ from typing import Any
 from uuid import UUID
 
 from ledger import store
-from ledger.batch import RULES, said
-from ledger.commands import Receipt
+from ledger.batch import RULES
 from ledger.entry import Event, Recorded
 from ledger.errors import ERRORS, LeaseLost, MunimentError
 from ledger.events import CommandRefused, LateResultRefused
 from ledger.postgres import Connection
+from ledger.receipt import Receipt, said
 from ledger.store import CommandRow
 
 

@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ledger.commands import Receipt
 from ledger.entry import Recorded
 from ledger.errors import MunimentError
 from ledger.pending import Pending, Verdict
 from ledger.postgres import Pool
+from ledger.receipt import Receipt
 from ledger.tracing import Tracing
 
 if TYPE_CHECKING:

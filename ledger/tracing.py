@@ -11,9 +11,9 @@ from importlib.metadata import version
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from ledger.commands import Receipt
 from ledger.entry import Recorded
 from ledger.pending import Pending, Verdict
+from ledger.receipt import Receipt
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

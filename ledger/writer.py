@@ -14,33 +14,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import Context
-from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import psycopg
-from msgspec import UNSET, Struct, field
+from msgspec import Struct, field
 from msgspec.structs import replace
 from psycopg_pool import PoolTimeout
 
 from ledger import store
-from ledger.approval import Approval
 from ledger.batch import Batch
-from ledger.commands import ClaimTasks, Receipt
 from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
-from ledger.known import Known, NotLoaded, Queue, offer
+from ledger.known import Known, NotLoaded, Queue
 from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
 from ledger.pending import Pending, Verdict
 from ledger.postgres import TROUBLE, Clock, Connection, Pool, store_errors
+from ledger.reader import Reader
+from ledger.receipt import Receipt
 from ledger.replay import recall
-from ledger.session import Session
 from ledger.store import Append, CommandRow, Ledger
-from ledger.system import LoseAttempt
-from ledger.task import Task
 from ledger.telemetry import Commits
-from ledger.values import stamp
 from ledger.vault import Vault
 
 log = logging.getLogger(__name__)
@@ -107,6 +100,7 @@ class Writer:
         self.ledger_id = ledger.ledger_id
         self._memory = Memory(project_id, ledger, refusals)
         self._pool, self._vault, self._clock = pool, vault, clock
+        self._reader = Reader(pool, self._memory, ledger.ledger_id)
         self._session_retention_days = session_retention_days
         self._announce, self._commits = announce, commits
         self._queue: deque[Pending] = deque()
@@ -359,7 +353,7 @@ class Writer:
         queue = Queue()
         while True:
             if unknown:
-                await self._load(connection, unknown)
+                await self._reader.load(connection, unknown)
             now = max(self._clock.now(), known.recorded_at)
             if flight is None:
                 decided = Batch(on, now, self._vault, queue, session_retention_days=self._session_retention_days)
@@ -375,63 +369,16 @@ class Writer:
                     raise
                 batch = [*flight.fresh, *batch]
                 if missing.stream:
-                    unknown = {missing.stream, *(i for i in self._beside(batch) if not on.knows(i))}
+                    unknown = {missing.stream, *(i for i in self._reader.beside(batch) if not on.knows(i))}
                 elif missing.root:
-                    unknown = await self._load_items(connection, batch, missing.root)
+                    unknown = await self._reader.load_items(connection, batch, missing.root)
                 else:
                     assert connection is not None
-                    queue = await self._read_queue(connection, batch, now)
+                    queue = await self._reader.read_queue(connection, batch, now)
                     unknown = {task_id for task_id in queue.tasks if not on.knows(task_id)}
                 absent, flight = flight.absent - unknown, None
             else:
                 return flight
-
-    async def _load(self, connection: Connection | None, stream_ids: set[UUID]) -> None:
-        async with self._connected(connection) as connected:
-            self._memory.learn(stream_ids, await store.read_streams(connected, self.ledger_id, stream_ids))
-
-    async def _load_items(self, connection: Connection | None, batch: list[Pending], root: UUID) -> set[UUID]:
-        """Read what this root has open, and the roots of all sessions and tasks that the batch is about: its other
-        commands will ask for those. Returns the streams in them that are not known yet."""
-        states = self._named(batch)
-        roots = {root, *(state.root_session_id for state in states if isinstance(state, Session))}
-        roots |= {state.root_session_id or state.task_id for state in states if isinstance(state, Task)}
-        roots.difference_update(self._memory.items)
-        async with self._connected(connection) as connected:
-            items = await store.read_open_items(connected, self.ledger_id, roots)
-        self._memory.learn_items(roots, items)
-        return {item.item_id for item in items if not self._memory.knows(item.item_id)}
-
-    def _named(self, batch: list[Pending]) -> list[Any]:
-        """The states of the streams that a batch names, where they are known."""
-        named = {stream_id for p in batch for stream_id in (p.target, *p.command.reads)}
-        return [self._memory.stream(stream_id) for stream_id in named if self._memory.knows(stream_id)]
-
-    def _beside(self, batch: list[Pending]) -> set[UUID]:
-        """The tasks of the approvals, and the approvals of the tasks, that a batch names: what follows from its other
-        commands will ask for those."""
-        states = self._named(batch)
-        beside = {state.task_id for state in states if isinstance(state, Approval)}
-        beside |= {state.approval_id for state in states if isinstance(state, Task)}
-        return {stream_id for stream_id in beside if stream_id is not None}
-
-    async def _read_queue(self, connection: Connection, batch: list[Pending], now: datetime) -> Queue:
-        """What the claims of a batch may have, and when the leases that it may lose really end."""
-        commands = [pending.command for pending in batch]
-        claims = [c for c in commands if isinstance(c, ClaimTasks) and c.kinds is not UNSET]
-        # What one of them is offered another may have taken, or a neighbour that is no claim.
-        limit = sum(claim.n for claim in claims) + len(commands) - len(claims)
-        offers = {
-            (kinds, session_id): await store.read_offers(connection, self.ledger_id, kinds, session_id, now, limit)
-            for kinds, session_id in dict.fromkeys(map(offer, claims))
-        }
-        leased = [command.task_id for command in commands if isinstance(command, LoseAttempt)]
-        ends = await store.lock_leases(connection, self.ledger_id, leased) if leased else {}
-        leases = {task_id: stamp(end) if (end := ends.get(task_id)) else None for task_id in leased}
-        return Queue(offers, leases)
-
-    def _connected(self, connection: Connection | None) -> AbstractAsyncContextManager[Connection]:
-        return self._pool.connection() if connection is None else nullcontext(connection)
 
     # Answering
 

@@ -14,7 +14,7 @@ from msgspec import UNSET
 from uuid_utils.compat import uuid7
 
 from ledger.batch import RULES, Batch
-from ledger.commands import Command, Receipt
+from ledger.commands import Command
 from ledger.entry import Event, canonical, decode
 from ledger.errors import MunimentError
 from ledger.events import Fact, SessionOpened
@@ -22,6 +22,7 @@ from ledger.known import Offer, Queue
 from ledger.pending import Pending, Verdict
 from ledger.postgres import Pool
 from ledger.project_key import ProjectKey
+from ledger.receipt import Receipt
 from ledger.store import OpenItem
 from ledger.system import Due
 from ledger.task import Task, queued

@@ -11,13 +11,14 @@ from msgspec.structs import replace
 from uuid_utils.compat import uuid7
 
 from ledger.batch import Batch
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, OpenSession, Receipt, Record
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Command, OpenSession, Record
 from ledger.committer import Committer
 from ledger.entry import canonical, decode
 from ledger.errors import IdempotencyKeyReused, MunimentError, NotFound, RateLimited
 from ledger.events import FactRecorded, SessionCancelled, SessionOpened
 from ledger.project_key import UnusableKey
 from ledger.queue import OPEN_ITEMS_MAX
+from ledger.receipt import Receipt
 from ledger.syntax import METADATA_BYTES_MAX, PERSONAL_TEXT_BYTES_MAX, read_command
 from ledger.values import Actor, moment
 from tests.check import check_ledger, of_type

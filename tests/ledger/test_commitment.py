@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from uuid_utils.compat import uuid7
 
 from ledger import commitment
-from ledger.commands import BeginUse, CastVote, EditApproval, OpenSession, Receipt, RequestApproval
+from ledger.commands import BeginUse, CastVote, EditApproval, OpenSession, RequestApproval
 from ledger.committer import Committer
 from ledger.postgres import Pool
+from ledger.receipt import Receipt
 from ledger.store import read_streams
 from ledger.syntax import read_command
 from ledger.values import Action, Actor

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from uuid_utils.compat import uuid7
 
-from ledger.commands import AnnotateSession, CancelSession, ChangeSession, OpenSession, Receipt, Record
+from ledger.commands import AnnotateSession, CancelSession, ChangeSession, OpenSession, Record
 from ledger.committer import Committer
 from ledger.errors import (
     IdempotencyKeyReused,
@@ -21,6 +21,7 @@ from ledger.errors import (
     StoreUnavailable,
 )
 from ledger.pending import Verdict
+from ledger.receipt import Receipt
 from ledger.system import ExpireSession
 from ledger.values import SYSTEM, Actor, stamp
 from tests.check import check_ledger, of_type, states

@@ -23,12 +23,13 @@ from msgspec import Struct, structs
 from uuid_utils.compat import uuid7
 
 from ledger import store
-from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Receipt, Record
+from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Record
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.entry import Event, Recorded, canonical
 from ledger.errors import StoreUnavailable
 from ledger.postgres import open_pool
+from ledger.receipt import Receipt
 from ledger.replay import recall
 from ledger.syntax import read_command
 from ledger.values import Actor, moment

@@ -33,7 +33,6 @@ from ledger.commands import (
     FailTask,
     OpenSession,
     PresentApproval,
-    Receipt,
     RecordOutcome,
     RedriveTask,
     RequestApproval,
@@ -49,6 +48,7 @@ from ledger.entry import Event, Recorded, canonical
 from ledger.errors import MunimentError, RateLimited
 from ledger.pending import Verdict
 from ledger.postgres import open_pool
+from ledger.receipt import Receipt
 from ledger.session import Session
 from ledger.syntax import read_command
 from ledger.system import Due, ExpireTask, LoseAttempt, QueueTask

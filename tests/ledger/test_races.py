@@ -19,7 +19,6 @@ from ledger.commands import (
     Command,
     CompleteTask,
     OpenSession,
-    Receipt,
     RequestApproval,
     RevokeApproval,
     Start,
@@ -29,6 +28,7 @@ from ledger.commands import (
 from ledger.committer import Committer
 from ledger.errors import MunimentError
 from ledger.pending import Verdict
+from ledger.receipt import Receipt
 from ledger.system import ExpireApproval, LoseAttempt
 from ledger.task import Task
 from ledger.values import SYSTEM, Action, Actor, Quorum, moment, stamp

@@ -20,7 +20,6 @@ from ledger.commands import (
     OpenSession,
     Personal,
     PersonalValue,
-    Receipt,
     Record,
 )
 from ledger.committer import Committer
@@ -28,6 +27,7 @@ from ledger.entry import Recorded
 from ledger.errors import MunimentError
 from ledger.events import SessionActivated
 from ledger.postgres import Pool
+from ledger.receipt import Receipt
 from ledger.replay import fold, fold_all, recall
 from ledger.values import Actor, Artifact, Cost, Ref, Usage
 from ledger.vault import Vault

@@ -12,9 +12,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler
 
-from ledger.commands import OpenSession, Receipt, Record
+from ledger.commands import OpenSession, Record
 from ledger.committer import Committer
 from ledger.postgres import Pool, open_pool
+from ledger.receipt import Receipt
 from ledger.telemetry import Histogram, histogram
 from ledger.tracing import Tracing
 from ledger.values import Actor

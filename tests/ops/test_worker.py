@@ -23,7 +23,6 @@ from ledger.commands import (
     Command,
     FailTask,
     OpenSession,
-    Receipt,
     Record,
     RequestApproval,
     Start,
@@ -32,6 +31,7 @@ from ledger.commands import (
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.postgres import Pool, open_pool
+from ledger.receipt import Receipt
 from ledger.session import Session
 from ledger.system import ExpireSession, Overdue
 from ledger.values import SYSTEM, Action, Actor
