@@ -1,8 +1,8 @@
 """How Muniment talks to PostgreSQL: pools, named queries, the database's clock, driver errors as ours.
 
-No session state may be set on a connection: a transaction pooler may stand between. What a role needs
-is set on the role, by the migrations. SQL lives in `.sql` files beside the module that owns it, and values
-are always bound.
+No session state may be set on a connection: a transaction pooler may stand between, and hand the next transaction to
+another connection of the server. What a role needs is set on the role, by the migrations; a pooler is noticed, and then
+nothing is prepared. SQL lives in `.sql` files beside the module that owns it, and values are always bound.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from types import SimpleNamespace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 import psycopg
@@ -69,6 +69,19 @@ async def _configure(connection: Connection) -> None:
         connection.standby_missed |= tells_of_missed_standby(notice)
 
     connection.add_notice_handler(heed)
+    if await is_pooled(connection):
+        connection.prepare_threshold = None
+
+
+async def is_pooled(connection: AsyncConnection[Any]) -> bool:
+    """Whether a pooler answers in the server's place, so that the next transaction may be on another connection.
+
+    A pooler gives its clients numbers of its own to cancel by, in place of that of the server's process (PostgreSQL,
+    "Message Flow", BackendKeyData). Whether it bears prepared statements and LISTEN nobody could find out but by luck:
+    while nobody else is there, each transaction comes to the same connection. So neither is used behind one.
+    """
+    row = await (await connection.execute("SELECT pg_backend_pid()", prepare=False)).fetchone()
+    return row != (connection.info.backend_pid,)
 
 
 @asynccontextmanager
@@ -114,6 +127,11 @@ def queries(package: str, name: str) -> Any:
     return SimpleNamespace(**{key: _plain(sql) for key, sql in zip(parts[::2], parts[1::2], strict=True)})
 
 
+async def fetch(connection: Connection, query: Any, **values: Any) -> list[tuple[Any, ...]]:
+    """The rows of a query. Raises psycopg's errors."""
+    return await (await connection.execute(query, values)).fetchall()
+
+
 def _plain(sql: str) -> Query:
     return "\n".join(line for line in sql.splitlines() if line and not line.lstrip().startswith("--")).encode()
 
@@ -122,9 +140,9 @@ class Statement:
     """One statement of the hot path, whose values are packed already, past psycopg's `execute`.
 
     That converts, prepares and waits in Python, which costs more than deciding what an append writes. This is
-    libpq's extended query as it stands, prepared once a connection (libpq, "Asynchronous Command Processing").
-    The SQL says the type of every value, as a cast. Cancelled while it waits, it leaves a busy connection, which
-    the pool throws away.
+    libpq's extended query as it stands, prepared once a connection (libpq, "Asynchronous Command Processing"), or
+    each time anew where psycopg is to prepare nothing either. The SQL says the type of every value, as a cast.
+    Cancelled while it waits, it leaves a busy connection, which the pool throws away.
     """
 
     def __init__(self, name: str, sql: bytes) -> None:
@@ -137,21 +155,38 @@ class Statement:
     async def run(self, connection: Connection, values: Mapping[str, bytes | None]) -> PGresult:
         """The result, in binary form. Raises psycopg's errors."""
         pgconn = connection.pgconn
+        given = [values[key] for key in self._keys]
+        if connection.prepare_threshold is None:
+            pgconn.send_query_params(self._sql, given, None, self._formats, Format.BINARY)
+            return await _result(pgconn)
         name = connection.prepared.get(self)
         if name is None:
             name = b"%b_%d" % (self._name, next(_numbers))  # nobody says whether an older one is still there
             pgconn.send_prepare(name, self._sql)
             await _result(pgconn)
             connection.prepared = {**connection.prepared, self: name}
-        pgconn.send_query_prepared(name, [values[key] for key in self._keys], self._formats, Format.BINARY)
+        pgconn.send_query_prepared(name, given, self._formats, Format.BINARY)
         return await _result(pgconn)
 
     async def fetch(self, connection: Connection, values: Mapping[str, bytes | None]) -> list[tuple[Any, ...]]:
         """The rows, as psycopg reads them. Raises psycopg's errors."""
-        result = await self.run(connection, values)
-        reader = Transformer()
-        reader.set_pgresult(result)
-        return reader.load_rows(0, result.ntuples, tuple)
+        return _rows(await self.run(connection, values))
+
+    def fetch_blocking(self, connection: Connection, values: Mapping[str, bytes | None]) -> list[tuple[Any, ...]]:
+        """The same, for a thread of its own: it waits in libpq, and takes what is large from the server while this
+        process thinks, not a few kilobytes whenever there are some."""
+        pgconn = connection.pgconn
+        given = [values[key] for key in self._keys]
+        if connection.prepare_threshold is None:
+            result = pgconn.exec_params(self._sql, given, None, self._formats, Format.BINARY)
+        else:
+            name = connection.prepared.get(self)
+            if name is None:
+                name = b"%b_%d" % (self._name, next(_numbers))
+                _succeeded(pgconn.prepare(name, self._sql))
+                connection.prepared = {**connection.prepared, self: name}
+            result = pgconn.exec_prepared(name, cast("Any", given), self._formats, Format.BINARY)
+        return _rows(_succeeded(result))
 
 
 _numbers = itertools.count()
@@ -173,9 +208,19 @@ async def _result(pgconn: PGconn) -> PGresult:
         if result is None:
             break
         results.append(result)
-    if results[-1].status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
-        raise psycopg.errors.error_from_result(results[-1])
-    return results[-1]
+    return _succeeded(results[-1])
+
+
+def _succeeded(result: PGresult) -> PGresult:
+    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        raise psycopg.errors.error_from_result(result)
+    return result
+
+
+def _rows(result: PGresult) -> list[tuple[Any, ...]]:
+    reader = Transformer()
+    reader.set_pgresult(result)
+    return reader.load_rows(0, result.ntuples, tuple)
 
 
 async def _until(watch: Any, unwatch: Any, socket: int) -> None:

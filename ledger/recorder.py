@@ -80,6 +80,8 @@ def open_pool(conninfo: str, connections_max: int = 10) -> Pool:
             connection.standby_missed |= tells_of_missed_standby(notice)
 
         connection.add_notice_handler(heed)
+        if _is_pooled(connection):
+            connection.prepare_threshold = None
 
     return ConnectionPool(
         conninfo,
@@ -90,6 +92,11 @@ def open_pool(conninfo: str, connections_max: int = 10) -> Pool:
         max_size=connections_max,
         open=True,
     )
+
+
+def _is_pooled(connection: psycopg.Connection[Any]) -> bool:
+    """As in ledger/postgres.py: then nothing is prepared, and nothing listened to."""
+    return connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone() != (connection.info.backend_pid,)
 
 
 class LedgerAggregateRecorder(persistence.AggregateRecorder):
@@ -308,10 +315,11 @@ class LedgerRecorder(LedgerAggregateRecorder, persistence.ApplicationRecorder):
         return LedgerSubscription(self, gt, topics)
 
     def listen(self) -> psycopg.Connection[Any]:
-        """A connection of the caller's own that hears of appends. Behind a transaction pooler it hears nothing."""
+        """A connection of the caller's own that hears of appends. Behind a pooler it hears nothing."""
         assert isinstance(self._pool.conninfo, str)
         connection = psycopg.connect(self._pool.conninfo, autocommit=True)
-        connection.execute(SQL.listen)
+        if not _is_pooled(connection):
+            connection.execute(SQL.listen)
         return connection
 
 

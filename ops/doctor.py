@@ -28,12 +28,12 @@ from rich.text import Text
 from api.idempotency import TIMEOUT_SECONDS
 from ledger.embedded import OWNER, EmbeddedServer
 from ledger.errors import ClockSkew
-from ledger.postgres import CLOCK_SKEW_MAX_SECONDS, Clock, Connection, queries
+from ledger.postgres import CLOCK_SKEW_MAX_SECONDS, Clock, Connection, is_pooled, queries
 from ledger.programs import OLDEST_MAJOR
 from ledger.project_key import ProjectKey, UnusableKey, read_key_file
 from ledger.settings import InvalidSettings, Settings
 from ops.integrity import recompute
-from ops.migrate import MigrationError, pending, refuse_changes, shipped
+from ops.migrate import MigrationError, pending, phase, refuse_changes, shipped
 from projections import VIEWS, health
 
 SQL = queries("ops", "doctor")
@@ -246,15 +246,19 @@ async def schema(patient: Patient) -> Findings:
         return
     except psycopg.errors.UndefinedTable:
         missing = list(shipped())
-    if missing:
-        yield Finding("schema", "problem", f"not applied yet: {', '.join(missing)}", "run `muniment migrate`")
+    wanted = shipped()
+    if needed := [name for name in missing if phase(wanted[name]) == "before"]:
+        yield Finding("schema", "problem", f"not applied yet: {', '.join(needed)}", "run `muniment migrate`")
         return
+    if missing:
+        advice = "run `muniment migrate --after` as soon as no older version runs any more"
+        yield Finding("schema", "warning", f"left for after the code: {', '.join(missing)}", advice)
     ((name,),) = await _rows(patient.connection, b"SELECT name FROM muniment.deployment")
     if patient.settings.deployment not in (None, name):
         seen = f"it belongs to the deployment {name!r}, and MUNIMENT_DEPLOYMENT is {patient.settings.deployment!r}"
         yield Finding("schema", "problem", seen, f"set it to {name!r}, or use another database")
     else:
-        yield Finding("schema", "ok", f"all {len(shipped())} migrations are applied; deployment {name!r}")
+        yield Finding("schema", "ok", f"{len(wanted) - len(missing)} migrations are applied; deployment {name!r}")
     for (index,) in await _rows(patient.connection, SQL.invalid_indexes):
         yield Finding(
             "schema", "warning", f"the index {index} was never finished", f"REINDEX INDEX CONCURRENTLY {index}"
@@ -396,35 +400,24 @@ def _key_fault(path: Path, project: str, key_id: bytes) -> str:
 
 
 async def pooler(patient: Patient) -> Findings:
-    """What stands between here and the database: LISTEN and migrations need a connection that stays one."""
+    """Whether a pooler stands between here and the database: nothing is prepared or listened to through one."""
     settings = patient.settings
-    between = {url: await _between(url) for url in {settings.database_url, settings.database_direct_url}}
-    how = between[settings.database_url]
-    direct = between[settings.database_direct_url]
-    if direct == "a transaction pooler":
-        name = "DATABASE_URL" if settings.database_direct_url == settings.database_url else "DATABASE_DIRECT_URL"
-        seen = f"{name} leads through {direct}, where LISTEN hears nothing: waits and views rely on polling"
+    url, direct_url = settings.database_url, settings.database_direct_url
+    pooled = direct_pooled = await is_pooled(patient.connection)
+    if direct_url != url:
+        async with await _connect(direct_url) as direct:
+            direct_pooled = await is_pooled(direct)
+    if direct_pooled:
+        name = "DATABASE_URL" if direct_url == url else "DATABASE_DIRECT_URL"
+        seen = f"{name} leads through a pooler, where LISTEN hears nothing: waits and views rely on polling"
         advice = "set DATABASE_DIRECT_URL to the database itself; DATABASE_URL may stay as it is"
         yield Finding("pooler", "warning", seen, advice)
     else:
-        yield Finding("pooler", "ok", f"DATABASE_URL leads through {how}, DATABASE_DIRECT_URL through {direct}")
-    if settings.migrate_database_url and await _between(settings.migrate_database_url) == "a transaction pooler":
-        seen = "MIGRATE_DATABASE_URL leads through a transaction pooler, where two migrations may run at once"
+        through = "a pooler" if pooled else "nothing"
+        yield Finding("pooler", "ok", f"DATABASE_URL leads through {through}, DATABASE_DIRECT_URL through nothing")
+    if patient.owner is not None and await is_pooled(patient.owner):
+        seen = "MIGRATE_DATABASE_URL leads through a pooler, where `muniment migrate` refuses to work"
         yield Finding("pooler", "problem", seen, "set it to the database itself")
-
-
-async def _between(url: str) -> str:
-    """A pooler answers a connection with a number of its own in place of the server process's. One that pools
-    transactions shows the same process to two clients, or two of them to one; another never does."""
-    async with await _connect(url) as one, await _connect(url) as two:
-        seen: dict[Connection, set[int]] = {one: set(), two: set()}
-        for connection in (one, two) * 5:
-            ((process,),) = await _rows(connection, SQL.backend)
-            seen[connection].add(process)
-        if len(seen[one] | seen[two]) != 2 or seen[one] & seen[two]:
-            return "a transaction pooler"
-        named = {connection.info.backend_pid for connection in (one, two)}
-        return "nothing" if named == seen[one] | seen[two] else "a pooler of whole connections"
 
 
 async def integrity(patient: Patient) -> Findings:

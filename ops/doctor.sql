@@ -53,6 +53,3 @@ SELECT project_id, last_recorded_at FROM ledger.ledgers ORDER BY last_recorded_a
 
 -- name: project_keys
 SELECT project_id, key_id FROM keys.project_keys ORDER BY project_id
-
--- name: backend
-SELECT pg_backend_pid()

@@ -26,7 +26,7 @@ from ops.integrity import FAULTS_MAX, recompute
 from ops.worker import work
 from projections import VIEWS, caught_up
 from tests.conftest import Database, database_of
-from tests.ops.pooler import pooling_transactions
+from tests.ops.pooler import PgBouncer
 
 AGENT = Actor(issuer="https://id.example", sub="a", kind="agent", assurance="authenticated", roles=("agent",))
 LARGE = "x" * 100_000
@@ -152,7 +152,7 @@ LAST_MIGRATION = "(SELECT max(name) FROM muniment.migrations)"
             *("schema", "problem", "not applied yet: 0", "run `muniment migrate`"),
         ),
         (
-            ["INSERT INTO muniment.migrations (name, sha256) VALUES ('9999_later.sql', '')"],
+            ["INSERT INTO muniment.migrations (name, sha256, phase) VALUES ('9999_later.sql', '', 'after')"],
             *("schema", "problem", "migrated by a newer version", "no process starts"),
         ),
         (
@@ -313,21 +313,18 @@ async def test_impossible_settings_are_all_told(environ: dict[str, str]) -> None
 # --- what stands between -------------------------------------------------------------------------------------
 
 
-async def test_a_transaction_pooler_may_stand_before_the_database_but_not_before_who_listens(
-    database: Database, environ: dict[str, str], postgres: EmbeddedServer
+async def test_a_pooler_may_stand_before_the_database_but_not_before_who_listens_or_migrates(
+    database: Database, environ: dict[str, str], pgbouncer: PgBouncer
 ) -> None:
-    with pooling_transactions(postgres.socket_directory) as directory:
-        pooled = f"postgresql://muniment_api@/{database.name}?host={directory}&port=5432"
-        environ = environ | {"DATABASE_URL": pooled}
-        (found,) = await findings(environ | {"DATABASE_DIRECT_URL": database.api}, "pooler")
-        assert (found.level, found.seen) == (
-            "ok",
-            "DATABASE_URL leads through a transaction pooler, DATABASE_DIRECT_URL through nothing",
-        )
-        (found,) = await findings(environ, "pooler")
-        assert (found.level, found.seen[:44]) == ("warning", "DATABASE_URL leads through a transaction poo")
-        found = (await findings(environ | {"MIGRATE_DATABASE_URL": pooled}, "pooler"))[-1]
-        assert (found.level, found.seen[:30]) == ("problem", "MIGRATE_DATABASE_URL leads thr")
+    pooled = pgbouncer.pooling(database).api
+    environ = environ | {"DATABASE_URL": pooled}
+    (found,) = await findings(environ | {"DATABASE_DIRECT_URL": database.api}, "pooler")
+    seen = "DATABASE_URL leads through a pooler, DATABASE_DIRECT_URL through nothing"
+    assert (found.level, found.seen) == ("ok", seen)
+    (found,) = await findings(environ, "pooler")
+    assert (found.level, found.seen[:35]) == ("warning", "DATABASE_URL leads through a pooler")
+    found = (await findings(environ | {"MIGRATE_DATABASE_URL": pooled}, "pooler"))[-1]
+    assert (found.level, found.seen[:30]) == ("problem", "MIGRATE_DATABASE_URL leads thr")
 
 
 # --- integrity -----------------------------------------------------------------------------------------------
