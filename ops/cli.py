@@ -39,6 +39,7 @@ _SETTINGS = """
 | OIDC_ISSUER_URL, OIDC_AUDIENCE | whose access tokens are accepted, and for whom they must be |
 | OIDC_PROJECT_CLAIM, OIDC_ROLES_CLAIM, OIDC_KIND_CLAIM | claims, or dotted paths; default `project`, `roles`, `kind` |
 | HOST, PORT | where the API listens; default 127.0.0.1 and 8088 |
+| DRAIN_SECONDS | how long the API goes on, unready, after SIGTERM; default 5, in development 0 |
 | METRICS_TOKEN | the bearer token that the API's `/metrics` asks for; default: none, it is open |
 | OTEL_EXPORTER_PROMETHEUS_HOST, …_PORT | where a worker has its `/metrics`; default `localhost`, and nowhere |
 | OTEL_EXPORTER_OTLP_ENDPOINT | where traces go, by OTLP over HTTP; default: no traces |
@@ -76,19 +77,29 @@ async def _up() -> None:
 
 
 @app.command(name="migrate")
-async def _migrate() -> None:
+async def _migrate(*, after: Annotated[bool, Parameter(negative=())] = False) -> None:
     """Bring the database to this version; does nothing where it is there already.
 
-    Needs the rights of the database's owner: MIGRATE_DATABASE_URL. Run it before a new version starts.
+    Needs the rights of the database's owner: MIGRATE_DATABASE_URL. Run it before a new version starts, while the
+    older one runs.
+
+    Parameters
+    ----------
+    after
+        Apply also what an older version does not bear. For when none runs any more.
     """
     from ledger.embedded import OWNER, running_database
-    from ops.migrate import MigrationError, migrate
+    from ops.migrate import MigrationError, left, migrate
 
     with running_database(_settings(), OWNER) as settings:
-        if settings.migrate_database_url is None:
+        url = settings.migrate_database_url
+        if url is None:
             raise MigrationError("MIGRATE_DATABASE_URL is not set, and production needs it to migrate: name the owner")
-        applied = await migrate(settings.migrate_database_url, settings.deployment)
+        applied = await migrate(url, settings.deployment, after=after)
+        later = await left(url)
     print("\n".join(f"migrated {name}" for name in applied) or "nothing to migrate")
+    if later:
+        print(f"left until no older version runs: {', '.join(later)} (`muniment migrate --after`)")
 
 
 @app.command(name="api")

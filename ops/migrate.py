@@ -6,6 +6,10 @@ of a database waits for the one before it. No table of Muniment's may be known h
 
 A file that begins with `-- no-transaction` holds one statement that PostgreSQL refuses inside a transaction
 (CREATE INDEX CONCURRENTLY). It may be run again after a kill, so it must bear that (IF NOT EXISTS).
+
+A file says when it is applied. `-- When: before the code` is one that an older version does not notice, so it comes
+first, while that version runs and may even be started again. `-- When: after the code` takes away what an older version
+needs: it comes last, when none runs any more, and none starts after it.
 """
 
 import asyncio
@@ -23,10 +27,12 @@ import psycopg
 from psycopg import AsyncConnection, sql
 
 from ledger.embedded import EmbeddedServer
+from ledger.postgres import is_pooled
 from ops import OperatorError
 
 NO_TRANSACTION = "-- no-transaction\n"
 DEFAULT_DEPLOYMENT = "localhost"
+_WHEN = re.compile(r"^-- When: (before|after) the code\b", re.MULTILINE)
 _NAME = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 # Any number, the same in every version: whoever migrates this database holds it.
 _ADVISORY_LOCK = 7_160_110_231_942_021
@@ -40,6 +46,7 @@ CREATE TABLE IF NOT EXISTS muniment.migrations (
     sha256 bytea NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT now()
 );
+ALTER TABLE muniment.migrations ADD COLUMN IF NOT EXISTS phase text NOT NULL DEFAULT 'before';
 CREATE TABLE IF NOT EXISTS muniment.deployment (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     name text NOT NULL
@@ -71,12 +78,19 @@ def shipped() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-async def migrate(url: str, deployment: str | None = None, migrations: Mapping[str, str] | None = None) -> list[str]:
+async def migrate(
+    url: str,
+    deployment: str | None = None,
+    migrations: Mapping[str, str] | None = None,
+    *,
+    after: bool = False,
+) -> list[str]:
     """Bring the database at `url` to this version, as its owner; answers the names of the files applied.
 
-    `deployment` is stored by the first call (None: `DEFAULT_DEPLOYMENT`); later calls must agree with it or
-    give None. Raises `MigrationError` if they do not, if a file that was applied has been edited or is gone, if
-    a file fails; files before the failing one stay applied. `DatabaseUnreachable` if it cannot connect.
+    What is for after the code is left, unless `after`, or no version was here before. `deployment` is stored by the
+    first call (None: `DEFAULT_DEPLOYMENT`); later calls must agree with it or give None. Raises `MigrationError` if
+    they do not, if a file that was applied has been edited or is gone, if a file fails; files before the failing one
+    stay applied. `DatabaseUnreachable` if it cannot connect.
     """
     wanted = shipped() if migrations is None else migrations
     try:
@@ -84,6 +98,11 @@ async def migrate(url: str, deployment: str | None = None, migrations: Mapping[s
     except psycopg.OperationalError as error:
         raise DatabaseUnreachable(f"The database cannot be reached: {error}") from error
     async with connection:
+        if await is_pooled(connection):
+            raise MigrationError(
+                "MIGRATE_DATABASE_URL leads through a pooler, where nothing keeps two migrations apart: name the "
+                "database itself"
+            )
         # A lock of the connection, so that it spans the transactions; it goes when the connection goes.
         await connection.execute("SELECT pg_advisory_lock(%s)", [_ADVISORY_LOCK])
         await connection.execute("SET client_min_messages = warning")
@@ -96,10 +115,37 @@ async def migrate(url: str, deployment: str | None = None, migrations: Mapping[s
             ) from error
         await _settle_deployment(connection, deployment)
         missing = await pending(connection, wanted)
+        if not after and len(missing) < len(wanted):
+            missing = _before(missing, wanted)
         await connection.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
         for name in missing:
             await _apply(connection, name, wanted[name])
     return missing
+
+
+async def left(url: str) -> list[str]:
+    """The names of the files that are to be applied once no older version runs any more."""
+    async with await AsyncConnection.connect(url, autocommit=True, connect_timeout=10) as connection:
+        return await pending(connection, shipped())
+
+
+def phase(text: str) -> str:
+    """When a file is applied: `before` the code of its version, or `after`."""
+    header, _, _ = text.partition("\n\n")
+    said = _WHEN.search(header)
+    return said[1] if said else "before"
+
+
+def _before(missing: list[str], wanted: Mapping[str, str]) -> list[str]:
+    """Those of the `missing` files that an older version bears. Raises `MigrationError` if they are not the first."""
+    bearable = [name for name in missing if phase(wanted[name]) == "before"]
+    for first, name in zip(missing, bearable, strict=False):
+        if first != name:
+            raise MigrationError(
+                f"{first} is to be applied when no older version runs any more, and {name} comes after it: a version "
+                f"was left out. Stop every process, then run `muniment migrate --after`"
+            )
+    return bearable
 
 
 async def check(url: str, deployment: str | None, *, production: bool) -> None:
@@ -109,7 +155,7 @@ async def check(url: str, deployment: str | None, *, production: bool) -> None:
     if the role of `url` could change what was recorded.
     """
     try:
-        connection = await AsyncConnection.connect(url, autocommit=True, connect_timeout=5)
+        connection = await AsyncConnection.connect(url, autocommit=True, connect_timeout=5, prepare_threshold=None)
     except psycopg.OperationalError:
         return
     async with connection:
@@ -120,9 +166,9 @@ async def check(url: str, deployment: str | None, *, production: bool) -> None:
             missing = await pending(connection, wanted)
             if missing == list(wanted):
                 return  # nothing of it yet, as where there are no tables
-            if missing:
+            if needed := [name for name in missing if phase(wanted[name]) == "before"]:
                 raise MigrationError(
-                    f"The database's schema is older than this version of Muniment, without {', '.join(missing)}: "
+                    f"The database's schema is older than this version of Muniment, without {', '.join(needed)}: "
                     f"run `muniment migrate`"
                 )
             if production:
@@ -170,20 +216,25 @@ async def _agree(connection: AsyncConnection[Any], deployment: str) -> None:
 
 
 async def pending(connection: AsyncConnection[Any], wanted: Mapping[str, str]) -> list[str]:
-    """Those of the `wanted` files that are still to be applied. Raises `MigrationError` where that cannot be."""
-    rows = await (await connection.execute("SELECT name, sha256 FROM muniment.migrations ORDER BY name")).fetchall()
-    for name, digest in rows:
+    """Those of the `wanted` files that are still to be applied. Raises `MigrationError` where that cannot be, or where
+    a newer version has taken away what the one of `wanted` needs."""
+    # Where no version that knows of phases has migrated yet, there is no such column.
+    known = "SELECT name, sha256, to_jsonb(m) ->> 'phase' FROM muniment.migrations AS m ORDER BY name"
+    rows = await (await connection.execute(known)).fetchall()
+    for name, digest, phase_ in rows:
         if name not in wanted:
+            if phase_ == "before":
+                continue  # of a newer version, and made to be borne by this one
             raise MigrationError(
                 f"The database has {name}, which this version of Muniment does not: it was migrated by a newer "
-                f"version. Run that version or a later one"
+                f"version, for good. Run that version or a later one"
             )
         if digest != _digest(wanted[name]):
             raise MigrationError(
                 f"{name} was edited after it was applied to this database: restore the file, and put the change "
                 f"into a new migration"
             )
-    applied = {name for name, _ in rows}
+    applied = {name for name, _, _ in rows}
     missing = [name for name in wanted if name not in applied]
     if applied and missing and missing[0] < max(applied):
         raise MigrationError(f"{missing[0]} comes before {max(applied)}, which is applied: give it a later number")
@@ -191,16 +242,16 @@ async def pending(connection: AsyncConnection[Any], wanted: Mapping[str, str]) -
 
 
 async def _apply(connection: AsyncConnection[Any], name: str, text: str) -> None:
-    record = "INSERT INTO muniment.migrations (name, sha256) VALUES (%s, %s)"
+    record = "INSERT INTO muniment.migrations (name, sha256, phase) VALUES (%s, %s, %s)"
     try:
         if text.startswith(NO_TRANSACTION):
             await connection.execute(text.encode())
             # Killed here, the file runs again: see above.
-            await connection.execute(record, [name, _digest(text)])
+            await connection.execute(record, [name, _digest(text), phase(text)])
         else:
             async with connection.transaction():
                 await connection.execute(text.encode())
-                await connection.execute(record, [name, _digest(text)])
+                await connection.execute(record, [name, _digest(text), phase(text)])
     except psycopg.errors.LockNotAvailable as error:
         raise MigrationError(
             f"{name} waited {_LOCK_TIMEOUT} for a lock that a long-running query holds, and gave up so that "

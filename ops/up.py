@@ -62,8 +62,8 @@ async def _run(settings: Settings, server: EmbeddedServer | None, stop: asyncio.
     reached = await _migrate(settings, server)
     if stop.is_set():
         return
-    api = Child("api", _environment(settings, server, "muniment_api"))
-    worker = Child("worker", _environment(settings, server, "muniment_worker"))
+    api = Child("api", _environment(settings, server, "muniment_api"), settings.drain_seconds)
+    worker = Child("worker", _environment(settings, server, "muniment_worker"), 0)
 
     async def keep_all() -> None:
         async with asyncio.TaskGroup() as group:
@@ -98,7 +98,8 @@ async def _migrate(settings: Settings, server: EmbeddedServer | None) -> bool:
         say("MIGRATE_DATABASE_URL is not set: not migrating (`muniment migrate` does it)")
         return True
     try:
-        for name in await migrate(owner, settings.deployment):
+        # On a server of our own nothing else runs, of whatever version.
+        for name in await migrate(owner, settings.deployment, after=server is not None):
             say(f"migrated {name}")
     except DatabaseUnreachable as error:
         say(f"{error}\nStarting without it: commands and reads answer 503 until it is there")
@@ -119,8 +120,9 @@ async def _migrate_later(settings: Settings) -> None:
 class Child:
     """One of our own commands as a process, started again when it dies."""
 
-    def __init__(self, command: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, command: str, environment: Mapping[str, str], drain_seconds: int) -> None:
         self.command = command
+        self._stop_seconds = drain_seconds + STOP_SECONDS + 5
         self._environment = environment
         self._process: Process | None = None
 
@@ -155,7 +157,7 @@ class Child:
         with suppress(ProcessLookupError):
             self._process.terminate()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), STOP_SECONDS + 5)
+            await asyncio.wait_for(self._process.wait(), self._stop_seconds)
         await self._kill_group()
         await self._process.wait()
 

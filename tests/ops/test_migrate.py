@@ -11,11 +11,14 @@ import pytest
 from psycopg import sql
 
 from ledger.embedded import EmbeddedServer
-from ops.migrate import DatabaseUnreachable, MigrationError, check, migrate, schema, shipped
+from ops.migrate import DatabaseUnreachable, MigrationError, check, migrate, phase, schema, shipped
 from tests.conftest import Database
+from tests.ops.pooler import PgBouncer
 
 ONE = {"0001_one.sql": "CREATE TABLE one (n int); INSERT INTO one VALUES (1);"}
 TWO = ONE | {"0002_two.sql": "CREATE TABLE two (n int);"}
+BEFORE = "-- Three.\n-- When: before the code\n\n"
+AFTER = "-- Three.\n-- When: after the code: no more is read there.\n\n"
 
 
 @pytest.fixture
@@ -61,10 +64,54 @@ async def test_an_edited_file_is_noticed(empty: str) -> None:
         await migrate(empty, migrations={"0001_one.sql": "CREATE TABLE one (n bigint);"})
 
 
-async def test_a_database_of_a_newer_version_is_refused(empty: str) -> None:
-    await migrate(empty, migrations=TWO)
-    with pytest.raises(MigrationError, match=r"has 0002_two\.sql, which this version of Muniment does not"):
+# Before the code, and after
+
+
+async def test_what_an_older_version_needs_is_taken_away_last(empty: str) -> None:
+    assert await migrate(empty, migrations=TWO) == list(TWO)
+    newer = TWO | {"0003_three.sql": BEFORE + "CREATE TABLE three (n int);", "0004_four.sql": AFTER + "DROP TABLE one;"}
+    assert await migrate(empty, migrations=newer) == ["0003_three.sql"]
+    assert await migrate(empty, migrations=newer) == []
+    assert await ask(empty, "SELECT count(*) FROM one") == [(1,)]
+    assert await migrate(empty, migrations=newer, after=True) == ["0004_four.sql"]
+    assert await ask(empty, "SELECT to_regclass('one')") == [(None,)]
+
+
+async def test_where_no_version_was_before_everything_is_applied_at_once(empty: str) -> None:
+    newer = TWO | {"0003_three.sql": AFTER + "DROP TABLE one;"}
+    assert await migrate(empty, migrations=newer) == list(newer)
+
+
+async def test_an_older_version_bears_what_comes_before_the_code_and_not_what_comes_after(empty: str) -> None:
+    await migrate(empty, migrations=ONE)
+    newer = TWO | {"0003_three.sql": AFTER + "DROP TABLE one;"}
+    await migrate(empty, migrations=newer)
+    assert await migrate(empty, migrations=ONE) == []
+    await migrate(empty, migrations=newer, after=True)
+    with pytest.raises(MigrationError, match=r"has 0003_three\.sql, which this version of Muniment does not"):
         await migrate(empty, migrations=ONE)
+
+
+async def test_a_version_that_was_left_out_is_noticed(empty: str) -> None:
+    await migrate(empty, migrations=ONE)
+    newest = ONE | {"0002_two.sql": AFTER + "DROP TABLE one;", "0003_three.sql": BEFORE + "CREATE TABLE three (n int);"}
+    with pytest.raises(MigrationError, match=r"0002_two\.sql is to be applied when no older.*run `muniment migrate"):
+        await migrate(empty, migrations=newest)
+    assert await migrate(empty, migrations=newest, after=True) == ["0002_two.sql", "0003_three.sql"]
+
+
+async def test_a_database_that_a_version_without_phases_migrated_gets_them(empty: str) -> None:
+    await migrate(empty, migrations=ONE)
+    with psycopg.connect(empty, autocommit=True) as connection:
+        connection.execute("ALTER TABLE muniment.migrations DROP COLUMN phase")
+    assert await migrate(empty, migrations=TWO) == ["0002_two.sql"]
+    assert await ask(empty, "SELECT DISTINCT phase FROM muniment.migrations") == [("before",)]
+
+
+async def test_nothing_is_migrated_through_a_pooler(empty: str, pgbouncer: PgBouncer) -> None:
+    with pytest.raises(MigrationError, match="MIGRATE_DATABASE_URL leads through a pooler"):
+        await migrate(pgbouncer.url("muniment", "empty"), migrations=ONE)
+    assert await ask(empty, "SELECT to_regclass('one')") == [(None,)]
 
 
 async def test_a_file_slipped_in_between_is_refused(empty: str) -> None:
@@ -114,11 +161,13 @@ async def test_what_is_shipped_is_what_the_template_has(database: Database) -> N
     assert await ask(database.api, "SELECT name FROM muniment.migrations ORDER BY name") == [(n,) for n in shipped()]
 
 
-def test_every_migration_says_why_and_which_locks() -> None:
+def test_every_migration_says_why_and_when_and_which_locks() -> None:
     for name, text in shipped().items():
         header = text[: text.index("\n\n")]
         assert "-- Why: " in header, name
         assert "-- Locks: " in header, name
+        if name > "0007":  # those before made the first schema there was
+            assert f"-- When: {phase(text)} the code" in header, name
 
 
 async def test_migrating_again_after_the_roles_exist_works(postgres: EmbeddedServer, empty: str) -> None:
@@ -175,6 +224,14 @@ async def test_no_process_starts_on_another_versions_schema(database: Database) 
         connection.execute("INSERT INTO muniment.migrations (name, sha256) VALUES (%s, '')", [last])
         with pytest.raises(MigrationError, match=f"{last} was edited after it was applied"):
             await check(database.api, None, production=False)
-        connection.execute("UPDATE muniment.migrations SET name = '9999_later.sql' WHERE name = %s", [last])
+        connection.execute("ALTER TABLE muniment.migrations DROP COLUMN phase")  # as before there were phases
+        with pytest.raises(MigrationError, match=f"{last} was edited after it was applied"):
+            await check(database.api, None, production=False)
+        connection.execute("ALTER TABLE muniment.migrations ADD COLUMN phase text NOT NULL DEFAULT 'before'")
+        digest = hashlib.sha256(shipped()[last].encode()).digest()
+        connection.execute("UPDATE muniment.migrations SET sha256 = %s WHERE name = %s", [digest, last])
+        connection.execute("INSERT INTO muniment.migrations (name, sha256) VALUES ('9999_later.sql', '')")
+        await check(database.api, None, production=False)  # it was to come before the code, and this is older code
+        connection.execute("UPDATE muniment.migrations SET phase = 'after' WHERE name = '9999_later.sql'")
         with pytest.raises(MigrationError, match=r"has 9999_later\.sql, .*Run that version or a later one"):
             await check(database.api, None, production=False)
