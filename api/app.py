@@ -20,7 +20,20 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import LifeSpanReceive, LifeSpanScope, LifeSpanSend, Receive, Scope, Send
 
-from api import approvals, audit, commands, docs, events, health, metrics, openapi, records, sessions, tasks
+from api import (
+    approvals,
+    audit,
+    commands,
+    docs,
+    events,
+    health,
+    metrics,
+    openapi,
+    projections,
+    records,
+    sessions,
+    tasks,
+)
 from api.auth import DEVELOPMENT_ISSUER, Tokens, development_verifier
 from api.http import Answer, Api, refuse
 from api.idempotency import Copy
@@ -37,7 +50,7 @@ from ledger.vault import Vault
 
 CONNECTIONS_MAX = 8
 PARAMETER = re.compile(r"\{(\w+):str\}")
-RESOURCES = (sessions, records, tasks, approvals, commands, events, audit, health, metrics, docs)
+RESOURCES = (sessions, records, tasks, approvals, commands, events, audit, projections, health, metrics, docs)
 
 
 @asynccontextmanager
@@ -118,6 +131,8 @@ class Application(Litestar):
         known: Any = scope
         found, parts = None, []
         if known["type"] == "http":
+            if self.state._state["api"].draining:
+                send = _closing(known, send)
             method, path = known["method"], known["path"]
             parts = path.split("/", 3)
             found = self._submissions.get((method, path))
@@ -131,10 +146,27 @@ class Application(Litestar):
         answer: Coroutine[Any, Any, None] = handler.opt["submission"](known, receive, send)
         return answer
 
+    def drain(self) -> None:
+        """Be unready from now on, so that what balances the load sends to others; what is sent here is answered."""
+        self.state.api.draining = True
+
     def end_waits(self) -> None:
         """Have those who wait for a change answered at once; it may be called from a signal handler."""
         self.state.api.ending = True
         self.state.api.line.end()
+
+
+def _closing(scope: Scope, send: Any) -> Send:
+    """`send`, saying that the connection ends with this answer; of HTTP/2 there is nothing to say (RFC 9113 s8.2.2)."""
+    if not scope["http_version"].startswith("1"):
+        return send  # type: ignore[no-any-return]
+
+    async def close(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = message | {"headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return close
 
 
 def options(routes: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:

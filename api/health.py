@@ -24,7 +24,8 @@ DATABASE_SECONDS_MAX = 2.0
 
 
 class ViewHealth(Struct):
-    """How far a view is behind. `state`: running, degraded (a part of it is parked) or stopped (no worker)."""
+    """How far a view is behind. `state`: running, degraded (a part of it is parked), drifted (a part of it is not what
+    a replay makes of it) or stopped (no worker)."""
 
     lag_events: int
     lag_seconds: float
@@ -96,8 +97,8 @@ async def get_live(call: Call) -> Answer:
 
 @probing("/health/ready", {200: Probe, 503: Probe})
 async def get_ready(call: Call) -> Answer:
-    """Whether to send requests here: whether commands are accepted."""
-    ready = await _views(call.api) is not None
+    """Whether to send requests here: whether commands are accepted, and will be in a moment."""
+    ready = not call.api.draining and await _views(call.api) is not None
     return Answer(200 if ready else 503, encode(Probe("ready" if ready else "unready")))
 
 

@@ -79,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     oidc_kind_claim: str
     host: str
     port: int
+    drain_seconds: int
+    """How long the API goes on after SIGTERM, unready, so that a load balancer stops sending before it ends."""
     metrics_token: str | None
     """What who asks the API for its metrics must show; None: whoever reaches it may have them."""
     worker_metrics_host: str
@@ -133,6 +135,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             oidc_kind_claim=read.text("OIDC_KIND_CLAIM") or "kind",
             host=read.text("HOST", _check_host) or "127.0.0.1",
             port=read.integer("PORT", 8088, 1, 65_535),
+            drain_seconds=read.integer("DRAIN_SECONDS", 5 if mode == "production" else 0, 0, 600),
             metrics_token=read.secret("METRICS_TOKEN", _check_token),
             # OpenTelemetry's names for where an exporter for Prometheus listens.
             worker_metrics_host=read.text("OTEL_EXPORTER_PROMETHEUS_HOST", _check_host) or "localhost",

@@ -1,10 +1,12 @@
 """One API process: granian around `api.app:create_app`, which reads the environment itself.
 
 Invariant: no process outlives its purpose. granian answers requests in a process of its own, which ends
-when granian's main process is gone, also if that was killed; told to end, it first answers what is in flight,
-and whoever waits for a change at once.
+when granian's main process is gone, also if that was killed. Told to end by SIGTERM, it goes on for a while but is not
+ready, so that what balances the load sends no more; then it listens no longer, answers what is in flight, and whoever
+waits for a change at once. So it does at Ctrl-C.
 """
 
+import asyncio
 import gc
 import multiprocessing
 import os
@@ -12,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from granian.constants import Interfaces
 from granian.log import LogLevels
@@ -22,17 +24,23 @@ from ledger.settings import Settings
 from ledger.tracing import open_tracing
 from ops.logs import GRANIAN, write_log
 
+if TYPE_CHECKING:
+    from api.app import Application
+
 STOP_SECONDS = 10
-"""How long requests in flight may take to end after SIGTERM."""
+"""How long requests in flight may take to end once it no longer listens."""
 
 
 def serve(settings: Settings) -> None:
     """Answer HTTP on `settings.host`:`settings.port` until SIGTERM or SIGINT."""
     granian_log = GRANIAN if settings.mode == "production" else None
-    serve_application("ops.serve:application", settings.host, settings.port, granian_log)
+    stop_seconds = settings.drain_seconds + STOP_SECONDS
+    serve_application("ops.serve:application", settings.host, settings.port, granian_log, stop_seconds)
 
 
-def serve_application(factory: str, host: str, port: int, log: dict[str, Any] | None = None) -> None:
+def serve_application(
+    factory: str, host: str, port: int, log: dict[str, Any] | None = None, stop_seconds: int = STOP_SECONDS
+) -> None:
     """The same for any application; the bench's peer must be served as ours is."""
     # Not fork: by then this process has threads, whose locks a fork copies as they are.
     multiprocessing.set_start_method("spawn", force=True)
@@ -43,7 +51,7 @@ def serve_application(factory: str, host: str, port: int, log: dict[str, Any] | 
         port=port,
         interface=Interfaces.ASGI,
         workers=1,
-        workers_kill_timeout=STOP_SECONDS,
+        workers_kill_timeout=stop_seconds,
         websockets=False,
         log_level=LogLevels.warning,
         log_dictconfig=log,
@@ -60,8 +68,8 @@ def application() -> Any:
     tracing = open_tracing("muniment-api") if settings.traces else None
     write_log(settings.mode, tracing)
     app = create_app(settings, tracing)
-    # Granian hears the signals by then, and on one of them waits for what is in flight.
-    app.on_startup.append(partial(before_the_signals, app.end_waits))
+    # By then granian listens to the signals.
+    app.on_startup.append(partial(drain_before_the_end, app, settings.drain_seconds))
     # What is made by now stays, and so does most of what requests leave in the caches: looking through all of
     # it for cycles, of which requests make none, costs a tenth of a command.
     gc.freeze()
@@ -69,16 +77,25 @@ def application() -> Any:
     return app
 
 
-def before_the_signals(act: Callable[[], object]) -> None:
-    """Have `act` called when SIGTERM or SIGINT comes, and then what heard them so far."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        heard = signal.getsignal(number)
+def drain_before_the_end(app: "Application", seconds: int) -> None:
+    """Have `app` drain for so long at SIGTERM before it ends, and then let nobody wait any longer.
 
-        def hear(*signalled: Any, heard: Any = heard) -> None:
-            act()
-            heard(*signalled)
+    Granian, which has a handler for each, takes SIGTERM and SIGINT for the end. Its SIGTERM is replaced. A Ctrl-C is
+    kept from this process: its main process hears it, and takes it for a failure if this one ends before it was told.
+    """
+    os.setpgrp()
+    loop, granian_ends = asyncio.get_running_loop(), signal.getsignal(signal.SIGINT)
 
-        signal.signal(number, hear)
+    def end(*signalled: Any) -> None:
+        app.end_waits()  # else granian would wait for them too
+        granian_ends(*signalled)  # type: ignore[operator, misc]
+
+    def drain() -> None:
+        app.drain()
+        loop.call_later(seconds, signal.raise_signal, signal.SIGINT)
+
+    signal.signal(signal.SIGINT, end)
+    loop.add_signal_handler(signal.SIGTERM, drain)
 
 
 def end_after(other_ended: Callable[[], object]) -> None:

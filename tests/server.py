@@ -39,7 +39,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.database = database
         self._commands = commands
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,7 +55,7 @@ class Server:
         """Start what is to run; returns once the API answers."""
         for command in self._commands:
             user = self.database.worker if command == "worker" else self.database.api
-            self._processes.append(
+            self.processes.append(
                 subprocess.Popen(
                     [sys.executable, "-P", "-m", "ops.cli", command],
                     env=self.environment | {"DATABASE_URL": user},
@@ -76,22 +76,22 @@ class Server:
                     client.get("/health/live")
                     return
                 assert time.monotonic() < deadline, "the API did not answer in time"
-                assert all(process.poll() is None for process in self._processes), "a process ended while it started"
+                assert all(process.poll() is None for process in self.processes), "a process ended while it started"
                 time.sleep(0.02)
 
     def stop(self) -> list[int]:
         """Ask every process to end, and return how each did."""
-        for process in self._processes:
+        for process in self.processes:
             process.terminate()
-        return [process.wait() for process in self._processes]
+        return [process.wait() for process in self.processes]
 
     def kill(self) -> None:
         """End every process at once, without a chance to finish anything."""
-        for process in self._processes:
+        for process in self.processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        self._processes = []
+        self.processes = []
 
     def __enter__(self) -> "Server":
         self.start()

@@ -169,7 +169,7 @@ def test_another_major_version_is_told_what_to_do(
 def test_what_a_newer_version_migrated_is_not_restored(
     place: Path, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    later = "INSERT INTO muniment.migrations (name, sha256) VALUES ('9999_later.sql', '')"
+    later = "INSERT INTO muniment.migrations (name, sha256, phase) VALUES ('9999_later.sql', '', 'after')"
     removed = "DELETE FROM muniment.migrations WHERE name LIKE '9999%'"
     backup(place / "backup")
     monkeypatch.setenv("MUNIMENT_HOME", str(place / "new"))
