@@ -12,7 +12,21 @@ from api import resources
 from api.commands import Asking, commanding, submit
 from api.headers import agree
 from api.http import READ, Answer, Call, Operation, encode
-from api.reading import Listing, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
+from api.reading import (
+    SEEN,
+    DatedListing,
+    Single,
+    SingleHeaders,
+    as_of,
+    dated,
+    fresh,
+    given,
+    knows,
+    or_none,
+    reading,
+    seen,
+    single,
+)
 from api.use_tokens import KeySet
 from ledger import errors
 from ledger.approval_state import Approval, State
@@ -78,7 +92,7 @@ async def _keys(call: Call) -> Answer:
 # Reading
 
 
-class ApprovalQuery(Listing, kw_only=True, forbid_unknown_fields=True):
+class ApprovalQuery(DatedListing, kw_only=True, forbid_unknown_fields=True):
     """Which approvals, and which part of the list."""
 
     state: State | UnsetType = UNSET
@@ -111,27 +125,28 @@ async def _no_approvals(call: Call, query: ApprovalQuery) -> Answer:
     tag="approvals",
     query=ApprovalQuery,
     answers={200: ApprovalPage},
-    sends=("Ledger-Position", "View-Behind"),
+    sends=SEEN,
     empty=_no_approvals,
 )
 async def list_approvals(call: Call, query: ApprovalQuery) -> Answer:
     """Approvals, the last requested first unless `order` says otherwise."""
-    at = await fresh(call, "approvals", query)
-    async with call.connection() as connection:
-        assert call.ledger_id is not None
-        page = await approvals.search(
-            connection,
-            call.ledger_id,
-            given(query, approvals.Filter),
-            limit=query.limit,
-            after=or_none(query.after),
-            order=query.order,
-        )
+    part: dict[str, Any] = {"limit": query.limit, "after": or_none(query.after), "order": query.order}
+    wanted = given(query, approvals.Filter)
+    assert call.ledger_id is not None
+    if (then := await as_of(call, query)) is not None:
+        at = await knows(call, "approvals", then)
+        headers, reached = dated(at, then), at.position
+        async with call.connection() as connection:
+            page = await approvals.search_past(connection, call.ledger_id, then, wanted, reached=reached, **part)
+    else:
+        headers = seen(await fresh(call, "approvals", query))
+        async with call.connection() as connection:
+            page = await approvals.search(connection, call.ledger_id, wanted, **part)
     shown = await resources.reveal(call.api.vault, call.caller.project_id, page.approvals)
     for item, approval in zip(shown, page.approvals, strict=True):
-        item["seconds_left"] = resources.seconds_left(approval)
+        item["seconds_left"] = resources.seconds_left(approval, then and then.at)
     answer = {"approvals": shown, "next": None if page.next is None else str(page.next)}
-    return Answer(200, encode(answer), seen(at))
+    return Answer(200, encode(answer), headers)
 
 
 @reading(
@@ -143,14 +158,16 @@ async def list_approvals(call: Call, query: ApprovalQuery) -> Answer:
     sends=("Ledger-Position", "ETag"),
 )
 async def get_approval(call: Call, query: Single) -> Answer:
-    """One approval, as it is now.
+    """One approval, as it is now or was.
 
     Who waits for the decision asks with If-None-Match and `wait_seconds`, and is answered as soon as it changes."""
 
-    async def beside(_: Connection, approval: Approval) -> dict[str, Any]:
-        return {"seconds_left": resources.seconds_left(approval)}
+    then = await as_of(call, query)
 
-    return await single(call, query, "approval", approvals.get, beside)
+    async def beside(_: Connection, approval: Approval) -> dict[str, Any]:
+        return {"seconds_left": resources.seconds_left(approval, then and then.at)}
+
+    return await single(call, query, "approval", approvals.get, beside, then)
 
 
 ROUTES = [

@@ -322,7 +322,8 @@ class Client:
         """What became of a command: {status, positions, body}. Raises NotFound if it was never recorded."""
         return await self._get(f"/commands/{quote(command_id, safe='')}", {"principal": principal})
 
-    # Reading. Filters are the query parameters of the route; None leaves one out.
+    # Reading. Filters are the query parameters of the route; None leaves one out. With `as_of`, a time, or
+    # `as_of_position` it is as it was then: single things, and the lists of sessions, tasks and approvals.
 
     async def get_session(self, session_id: UUID, **parameters: Any) -> Json:
         return await self._get(f"/sessions/{session_id}", parameters)
@@ -333,9 +334,9 @@ class Client:
     async def get_task(self, task_id: UUID, **parameters: Any) -> Json:
         return await self._get(f"/tasks/{task_id}", parameters)
 
-    async def list_attempts(self, task_id: UUID) -> list[Json]:
+    async def list_attempts(self, task_id: UUID, **parameters: Any) -> list[Json]:
         """Every attempt of a task, in order."""
-        attempts: list[Json] = (await self._get(f"/tasks/{task_id}/attempts", {}))["attempts"]
+        attempts: list[Json] = (await self._get(f"/tasks/{task_id}/attempts", parameters))["attempts"]
         return attempts
 
     async def wait_for_task(self, task_id: UUID, *, timeout_seconds: float | None = None) -> Json:

@@ -6,7 +6,8 @@ behind. A single thing never depends on a view: where that is behind, its stream
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, TypeVar
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 from uuid import UUID
 
@@ -17,19 +18,28 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from api import resources
 from api.http import READ, Answer, Call, Operation, convert
 from api.resources import Resource
-from ledger import errors, store
+from ledger import errors, past, store
 from ledger.batch import RULES
+from ledger.commands import Moment
 from ledger.errors import MalformedRequest, NotFound
+from ledger.past import Past
 from ledger.postgres import Connection
 from ledger.replay import fold
-from ledger.values import Count
-from projections import Freshness, caught_up
+from ledger.values import Count, stamp
+from projections import VIEWS, Freshness, caught_up, spans
+from projections.freshness import HEAD_SECONDS_MAX
 
 PARAMETERS_MAX = 50
 LIMIT_MAX = 200
 WAIT_SECONDS_MAX = 60
 LOOK_SECONDS = 1.0
 """How often a change is looked for of which this process was not told."""
+
+SETTLED_WITHIN_SECONDS = 10.0
+"""How long to wait for a commit that may be of the time that is asked about."""
+
+SEEN = ("Ledger-Position", "View-Behind", "View-State")
+"""What an answer from a view says of that, see `seen`."""
 
 REFUSALS = (
     errors.MalformedRequest,
@@ -61,14 +71,32 @@ class Fresh(Struct, kw_only=True, forbid_unknown_fields=True):
     ) = UNSET
 
 
+class Dated(Fresh, kw_only=True, forbid_unknown_fields=True):
+    """As of when. An answer about the past is the same however often it is asked for."""
+
+    as_of: Annotated[Moment, Meta(description="As things were at this time.")] | UnsetType = UNSET
+    as_of_position: Annotated[Count, Meta(description="As things were after this event.")] | UnsetType = UNSET
+
+
+After: TypeAlias = Annotated[Count, Meta(description="Go on after this: the `next` of the page before.")]
+Limit: TypeAlias = Annotated[int, Meta(ge=1, le=LIMIT_MAX, description="How many at most.")]
+
+
 class Listing(Fresh, kw_only=True, forbid_unknown_fields=True):
     """Which part of a list."""
 
-    after: Annotated[Count, Meta(description="Go on after this: the `next` of the page before.")] | UnsetType = UNSET
-    limit: Annotated[int, Meta(ge=1, le=LIMIT_MAX, description="How many at most.")] = 50
+    after: After | UnsetType = UNSET
+    limit: Limit = 50
 
 
-class Single(Fresh, kw_only=True, forbid_unknown_fields=True):
+class DatedListing(Dated, kw_only=True, forbid_unknown_fields=True):
+    """Which part of a list, as of when."""
+
+    after: After | UnsetType = UNSET
+    limit: Limit = 50
+
+
+class Single(Dated, kw_only=True, forbid_unknown_fields=True):
     """How to wait for one thing."""
 
     wait_seconds: Annotated[
@@ -111,9 +139,8 @@ def reading(
                 return await function(call, parameters)
             if empty is None:
                 raise NotFound(what="ledger", id=call.caller.project_id)
-            wanted = getattr(parameters, "min_position", UNSET)
-            if wanted is not UNSET and wanted > 0:
-                raise errors.ViewBehind(view=function.__name__, position=0, wanted=wanted)
+            if isinstance(parameters, Fresh):
+                _of_nothing(call, parameters, function.__name__)
             answer = await empty(call, parameters)
             answer.headers.append((b"ledger-position", b"0"))
             return answer
@@ -176,10 +203,12 @@ async def fresh(call: Call, view: str, query: Fresh) -> Freshness:
 
 
 def seen(freshness: Freshness) -> list[tuple[bytes, bytes]]:
-    """The headers that say how fresh an answer is."""
+    """The headers SEEN, which say how fresh an answer is, and whether its view is well."""
     headers = [(b"ledger-position", b"%d" % freshness.position)]
     if freshness.behind:
         headers.append((b"view-behind", b"%d" % freshness.behind))
+    if freshness.state:
+        headers.append((b"view-state", freshness.state.encode()))
     return headers
 
 
@@ -196,6 +225,95 @@ async def _look(call: Call, view: str) -> Freshness:
     return await caught_up(call.api.pool, view, call.ledger_id, timeout_seconds=0)
 
 
+def _of_nothing(call: Call, query: Fresh, name: str) -> None:
+    """What may be asked of a project that has no ledger yet. Raises ViewBehind, MalformedRequest, ClockSkew."""
+    if query.min_position is not UNSET and query.min_position > 0:
+        raise errors.ViewBehind(view=name, position=0, wanted=query.min_position)
+    if isinstance(query, Dated) and _of_the_past(query):
+        if query.as_of is not UNSET and query.as_of > call.api.committer.clock.now():
+            raise _future("as_of", "it is in the future")
+        if query.as_of_position is not UNSET and query.as_of_position > 0:
+            raise _future("as_of_position", "it is in the future: nothing is recorded yet")
+
+
+# The past
+
+
+class ViewOfThePresent(errors.ViewBehind):
+    """A view that was built by an earlier release, which kept nothing of the past."""
+
+    title = "The view knows nothing of the past yet"
+    template = "The view {view} is being built again by a newer release; until then it tells only what is. Ask again."
+
+
+def _future(name: str, detail: str) -> MalformedRequest:
+    return MalformedRequest([{"pointer": name, "detail": detail}])
+
+
+def _of_the_past(query: Dated) -> bool:
+    """Raises MalformedRequest where what was asked for does not go together."""
+    named = [name for name in ("as_of", "as_of_position") if getattr(query, name) is not UNSET]
+    if len(named) == 2:
+        detail = "both say when, and one may be of another moment than the other; send one"
+        raise MalformedRequest([{"pointer": name, "detail": detail} for name in named])
+    waits = {"min_position": query.min_position is not UNSET, "wait_seconds": getattr(query, "wait_seconds", 0) > 0}
+    if named and any(waits.values()):
+        detail = f"what is asked of the past (`{named[0]}`) is not waited for; send one of them"
+        raise MalformedRequest([{"pointer": name, "detail": detail} for name, said in waits.items() if said])
+    return bool(named)
+
+
+async def as_of(call: Call, query: Dated) -> Past | None:
+    """The moment of the past that is asked about; None where it is now. Raises MalformedRequest, StoreUnavailable.
+
+    A time so young that something could still be recorded at it, or before, is waited for until it is not.
+    """
+    if not _of_the_past(query):
+        return None
+    assert call.ledger_id is not None
+    if query.as_of is not UNSET:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + SETTLED_WITHIN_SECONDS
+        while True:
+            async with call.connection() as connection:
+                found = await past.find(connection, call.ledger_id, query.as_of)
+            if query.as_of > found.now:
+                raise _future("as_of", f"it is in the future: it is {stamp(found.now)}")
+            if not found.unsettled_seconds:
+                return Past(found.position, query.as_of)
+            if loop.time() >= until:
+                raise errors.StoreUnavailable(why="What may be of that time is being written still")
+            await asyncio.sleep(found.unsettled_seconds)
+    assert query.as_of_position is not UNSET
+    async with call.connection() as connection:
+        at = await past.time_of(connection, call.ledger_id, query.as_of_position)
+        if at is None and query.as_of_position:
+            head = await store.head(connection, call.ledger_id)
+            raise _future("as_of_position", f"it is in the future: the last position is {head.size}")
+    return Past(query.as_of_position, at or datetime.min.replace(tzinfo=UTC))
+
+
+async def knows(call: Call, view: str, then: Past) -> Freshness:
+    """Where `view` is, once that is far enough to list what was then. Raises ViewBehind, StoreUnavailable."""
+    assert call.ledger_id is not None
+    async with call.connection() as connection:
+        if await spans.version(connection, view) < VIEWS[view].VERSION:
+            raise ViewOfThePresent(view=view)
+    return await reached(call, view, then)
+
+
+async def reached(call: Call, view: str, then: Past) -> Freshness:
+    """Where `view` is, once it has come to that moment; as long is waited as for the present."""
+    assert call.ledger_id is not None
+    wait: dict[str, Any] = {"min_position": then.position, "timeout_seconds": HEAD_SECONDS_MAX}
+    return await caught_up(call.api.pool, view, call.ledger_id, **wait)
+
+
+def dated(at: Freshness, then: Past) -> list[tuple[bytes, bytes]]:
+    """The headers SEEN of an answer about the past, by a view that has come that far."""
+    return seen(at._replace(position=then.position, head=then.position))
+
+
 # One thing
 
 Get = Callable[[Connection, UUID, UUID], Awaitable[Resource | None]]
@@ -206,18 +324,25 @@ async def _nothing(connection: Connection, state: Any) -> dict[str, Any]:
     return {}
 
 
-async def replay(connection: Connection, ledger_id: UUID, what: str, stream_id: UUID) -> Any:
-    """The state of a stream of the type `what`, as its own events make it; None if there is no such one."""
-    state = fold(await store.read_streams(connection, ledger_id, [stream_id]))
+async def replay(connection: Connection, ledger_id: UUID, what: str, stream_id: UUID, then: Past | None = None) -> Any:
+    """The state of a stream of the type `what`, as its own events make it, or made it then; None if there is, or was,
+    no such one."""
+    upto = None if then is None else then.position
+    state = fold(await store.read_streams(connection, ledger_id, [stream_id], upto=upto))
     return state if isinstance(state, RULES[what][1]) else None
 
 
-async def single(call: Call, query: Single, what: str, get: Get, beside: Beside = _nothing) -> Answer:
+async def single(
+    call: Call, query: Single, what: str, get: Get, beside: Beside = _nothing, then: Past | None = None
+) -> Answer:
     """The one `what` (a stream type) that the path names, as of a head of the ledger: by `get` if its view is there
-    already, else from its stream; and what there is now `beside` it. With If-None-Match, once it has changed or the
-    time is up, which it is as well when the process is to end. Raises NotFound."""
+    already, and not known to be wrong, else from its stream; and what there is now `beside` it. With If-None-Match,
+    once it has changed or the time is up, which it is as well when the process is to end. Or as it was `then`, and
+    what was beside it. Raises NotFound."""
     stream_id, view, ledger_id = call.path_id(f"{what}_id", what), f"{what}s", call.ledger_id
     assert ledger_id is not None
+    if then is not None:
+        return await _past_single(call, what, stream_id, beside, then)
     loop = asyncio.get_running_loop()
     until = loop.time() + query.wait_seconds
     known = call.headers.get(b"if-none-match")
@@ -225,7 +350,7 @@ async def single(call: Call, query: Single, what: str, get: Get, beside: Beside 
     at = await head(call, query, view)
     while True:
         async with call.connection() as connection:
-            if at.behind:
+            if at.behind or at.is_drifted:
                 state = await replay(connection, ledger_id, what, stream_id)
             else:
                 state = await get(connection, ledger_id, stream_id)
@@ -245,6 +370,20 @@ async def single(call: Call, query: Single, what: str, get: Get, beside: Beside 
                 await asyncio.wait([changed], timeout=min(LOOK_SECONDS, until - loop.time()))
             changed = call.api.committer.watch.changed(resources.identity(state))
             at = await _look(call, view)
+
+
+async def _past_single(call: Call, what: str, stream_id: UUID, beside: Beside, then: Past) -> Answer:
+    assert call.ledger_id is not None
+    async with call.connection() as connection:
+        state = await replay(connection, call.ledger_id, what, stream_id, then)
+        if state is None:
+            raise NotFound(what=what, id=stream_id)
+        known_beside = await beside(connection, state)
+    etag, known = resources.etag(state), call.headers.get(b"if-none-match")
+    headers = [(b"etag", etag), (b"ledger-position", b"%d" % then.position)]
+    if known is not None and _matches(known, etag):
+        return Answer(304, b"", headers)
+    return Answer(200, await resources.encode(call.api.vault, call.caller.project_id, state, known_beside), headers)
 
 
 def _matches(known: bytes, etag: bytes) -> bool:

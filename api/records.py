@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from api import resources
 from api.commands import commanding
 from api.http import Answer, Call, encode
-from api.reading import Listing, Single, SingleHeaders, fresh, given, or_none, reading, seen, single
+from api.reading import SEEN, Listing, Single, SingleHeaders, as_of, fresh, given, or_none, reading, seen, single
 from ledger.commands import Kind, Moment, Record
 from ledger.record import RecordedFact
 from ledger.values import Line
@@ -48,7 +48,7 @@ async def _no_records(call: Call, query: RecordQuery) -> Answer:
     tag="records",
     query=RecordQuery,
     answers={200: RecordPage},
-    sends=("Ledger-Position", "View-Behind"),
+    sends=SEEN,
     empty=_no_records,
 )
 async def list_records(call: Call, query: RecordQuery) -> Answer:
@@ -81,7 +81,7 @@ async def list_records(call: Call, query: RecordQuery) -> Answer:
 )
 async def get_record(call: Call, query: Single) -> Answer:
     """One record."""
-    return await single(call, query, "record", records.get)
+    return await single(call, query, "record", records.get, then=await as_of(call, query))
 
 
 ROUTES = [commanding("POST", "/records", Record, listed=True), list_records, get_record]

@@ -19,9 +19,10 @@ from ledger.session import Session, State
 from ledger.task import Task
 from ledger.values import Principal, Stamp, moment
 from ledger.vault import Place, Vault
+from ledger.view import View
 from projections.tasks import Attempt
 
-Resource: TypeAlias = Session | RecordedFact | Task | Approval
+Resource: TypeAlias = Session | RecordedFact | Task | Approval | View
 
 SEALED = b'"$sealed"'
 
@@ -37,13 +38,14 @@ class Origin(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a state is shown: at which address, by which id; which of its fields may hold sealed values; and which
-    are not shown."""
+    """How a state is shown: at which address, by which id; which of its fields may hold sealed values; which are not
+    shown; and what it is called in its address, if that is not its id."""
 
     address: bytes
     id: str
     sealed: dict[str, Origin]
     hidden: tuple[str, ...] = ()
+    name: str | None = None
 
 
 FORMS: dict[type[Any], Form] = {
@@ -74,6 +76,7 @@ FORMS: dict[type[Any], Form] = {
         },
         hidden=("request_event_id", "request_version", "root", "match"),
     ),
+    View: Form(b"/projections", "view_id", {}, hidden=("view_id",), name="view"),
 }
 HIDDEN = {state: form.hidden for state, form in FORMS.items()} | {Attempt: ("error_event_id", "error_version")}
 
@@ -151,6 +154,8 @@ def body(state: Resource) -> dict[str, Any]:
         shown["waiting_on"] = []
     elif isinstance(state, Approval):
         shown |= _of_approval(state)
+    elif isinstance(state, View):
+        shown["requests"] = [msgspec.structs.asdict(request) for request in state.requests]
     return shown
 
 
@@ -198,7 +203,8 @@ def identity(state: Resource) -> UUID:
 
 
 def location(state: Resource) -> bytes:
-    return b"%b/%b" % (FORMS[type(state)].address, str(identity(state)).encode())
+    form = FORMS[type(state)]
+    return b"%b/%b" % (form.address, str(getattr(state, form.name or form.id)).encode())
 
 
 def etag(state: Resource) -> bytes:
@@ -239,6 +245,9 @@ def _places(project_id: str, state: Resource, shown: dict[str, Any]) -> Iterator
     if isinstance(state, Approval):
         for item, vote in zip(shown["votes"], state.votes, strict=True):
             yield item, "reason", Place(project_id, state.approval_id, vote.version, vote.event_id, "/data/reason")
+    elif isinstance(state, View):
+        for item, asked in zip(shown["requests"], state.requests, strict=True):
+            yield item, "reason", Place(project_id, state.view_id, asked.request, asked.event_id, "/reason")
 
 
 async def unseal(vault: Vault, project_id: str, places: Sequence[tuple[dict[str, Any], str, Place]]) -> None:

@@ -1,6 +1,7 @@
 """Sessions over HTTP."""
 
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -8,17 +9,34 @@ from api import resources
 from api.commands import commanding
 from api.events import FORMS, Listed, find, show
 from api.http import Answer, Call, encode
-from api.reading import LIMIT_MAX, Fresh, Single, SingleHeaders, fresh, given, or_none, reading, replay, seen, single
+from api.reading import (
+    LIMIT_MAX,
+    SEEN,
+    Dated,
+    Single,
+    SingleHeaders,
+    as_of,
+    dated,
+    fresh,
+    given,
+    knows,
+    or_none,
+    reached,
+    reading,
+    replay,
+    seen,
+    single,
+)
 from ledger import store
 from ledger.commands import AnnotateSession, CancelSession, ChangeSession, Moment, OpenSession, Status
 from ledger.errors import MalformedRequest, NotFound
 from ledger.postgres import Connection
 from ledger.session import Session
 from ledger.values import Line
-from projections import audit, sessions
+from projections import approvals, audit, sessions
 
 
-class SessionQuery(Fresh, kw_only=True, forbid_unknown_fields=True):
+class SessionQuery(Dated, kw_only=True, forbid_unknown_fields=True):
     """Which sessions, and which part of the list."""
 
     state: Status | UnsetType = UNSET
@@ -60,7 +78,7 @@ def _page_size(query: SessionQuery) -> int:
     tag="sessions",
     query=SessionQuery,
     answers={200: SessionPage},
-    sends=("Ledger-Position", "View-Behind"),
+    sends=SEEN,
     empty=_no_sessions,
 )
 async def list_sessions(call: Call, query: SessionQuery) -> Answer:
@@ -68,20 +86,36 @@ async def list_sessions(call: Call, query: SessionQuery) -> Answer:
     page_size = _page_size(query)
     if query.after is not UNSET and query.page != 1:
         raise MalformedRequest([{"pointer": "page", "detail": "`after` says where to go on; send one of them"}])
+    part: dict[str, Any] = {
+        "limit": page_size,
+        "offset": (query.page - 1) * page_size,
+        "after": or_none(query.after),
+    }
+    wanted = given(query, sessions.Filter)
+    assert call.ledger_id is not None
+    if (then := await as_of(call, query)) is not None:
+        at = await knows(call, "sessions", then)
+        await reached(call, "approvals", then)
+        async with call.connection() as connection:
+            page = await sessions.search_past(connection, call.ledger_id, then, wanted, reached=at.position, **part)
+            shown = [session.session_id for session in page.sessions]
+            waited_on = await approvals.waited_on(connection, call.ledger_id, then, shown)
+        return await _listed(call, query, page, waited_on, dated(at, then))
     at = await fresh(call, "sessions", query)
     async with call.connection() as connection:
-        assert call.ledger_id is not None
-        page = await sessions.search(
-            connection,
-            call.ledger_id,
-            given(query, sessions.Filter),
-            limit=page_size,
-            offset=(query.page - 1) * page_size,
-            after=or_none(query.after),
-        )
-        waited_on = await store.read_waited_on(
-            connection, call.ledger_id, [session.session_id for session in page.sessions]
-        )
+        page = await sessions.search(connection, call.ledger_id, wanted, **part)
+        shown = [session.session_id for session in page.sessions]
+        waited_on = await store.read_waited_on(connection, call.ledger_id, shown)
+    return await _listed(call, query, page, waited_on, seen(at))
+
+
+async def _listed(
+    call: Call,
+    query: SessionQuery,
+    page: sessions.Page,
+    waited_on: dict[UUID, list[UUID]],
+    headers: list[tuple[bytes, bytes]],
+) -> Answer:
     sessions_shown = await resources.reveal(call.api.vault, call.caller.project_id, page.sessions)
     for item, session in zip(sessions_shown, page.sessions, strict=True):
         item["waiting_on"] = waited_on.get(session.session_id, [])
@@ -90,10 +124,10 @@ async def list_sessions(call: Call, query: SessionQuery) -> Answer:
         "total": page.total,
         "total_is_exact": page.total_is_exact,
         "page": query.page,
-        "page_size": page_size,
+        "page_size": _page_size(query),
         "next": page.next,
     }
-    return Answer(200, encode(shown), seen(at))
+    return Answer(200, encode(shown), headers)
 
 
 @reading(
@@ -105,14 +139,20 @@ async def list_sessions(call: Call, query: SessionQuery) -> Answer:
     sends=("Ledger-Position", "ETag"),
 )
 async def get_session(call: Call, query: Single) -> Answer:
-    """One session, as it is now; with the approvals that it waits on, which are not of its version."""
+    """One session, as it is now or was; with the approvals that it waits on, which are not of its version."""
+    then = await as_of(call, query)
+    if then is not None:
+        await reached(call, "approvals", then)
 
     async def waiting_on(connection: Connection, session: Session) -> dict[str, Any]:
         assert call.ledger_id is not None
-        waited_on = await store.read_waited_on(connection, call.ledger_id, [session.session_id])
+        if then is None:
+            waited_on = await store.read_waited_on(connection, call.ledger_id, [session.session_id])
+        else:
+            waited_on = await approvals.waited_on(connection, call.ledger_id, then, [session.session_id])
         return {"waiting_on": waited_on.get(session.session_id, [])}
 
-    return await single(call, query, "session", sessions.get, waiting_on)
+    return await single(call, query, "session", sessions.get, waiting_on, then)
 
 
 @reading(
@@ -120,7 +160,7 @@ async def get_session(call: Call, query: Single) -> Answer:
     tag="sessions",
     query=Listed,
     answers={200: FORMS},
-    sends=("Ledger-Position", "View-Behind", "Link"),
+    sends=(*SEEN, "Link"),
 )
 async def get_session_events(call: Call, query: Listed) -> Answer:
     """Everything of a session: its own events, and those of what belongs to it."""

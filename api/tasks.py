@@ -15,15 +15,19 @@ from api import resources
 from api.commands import Asking, commanding, submit
 from api.http import BODY_BYTES_MAX, Answer, Call, Operation, encode, gone
 from api.reading import (
+    SEEN,
     WAIT_SECONDS_MAX,
-    Fresh,
-    Listing,
+    Dated,
+    DatedListing,
     NoParameters,
     Single,
     SingleHeaders,
+    as_of,
+    dated,
     fresh,
     given,
     head,
+    knows,
     or_none,
     read_query,
     reading,
@@ -187,7 +191,7 @@ async def _keep_lease(call: Call, receive: Receive) -> Answer:
 # Reading
 
 
-class DeadLetterQuery(Listing, kw_only=True, forbid_unknown_fields=True):
+class DeadLetterQuery(DatedListing, kw_only=True, forbid_unknown_fields=True):
     """Which tasks, and which part of the list."""
 
     kind: Kind | UnsetType = UNSET
@@ -223,17 +227,22 @@ async def _no_tasks(call: Call, query: DeadLetterQuery) -> Answer:
 
 
 async def _list(call: Call, query: DeadLetterQuery, wanted: tasks.Filter) -> Answer:
-    at = await fresh(call, "tasks", query)
-    async with call.connection() as connection:
-        assert call.ledger_id is not None
-        page = await tasks.search(
-            connection, call.ledger_id, wanted, limit=query.limit, after=or_none(query.after), order=query.order
-        )
+    part: dict[str, Any] = {"limit": query.limit, "after": or_none(query.after), "order": query.order}
+    assert call.ledger_id is not None
+    if (then := await as_of(call, query)) is not None:
+        at = await knows(call, "tasks", then)
+        headers, reached = dated(at, then), at.position
+        async with call.connection() as connection:
+            page = await tasks.search_past(connection, call.ledger_id, then, wanted, reached=reached, **part)
+    else:
+        headers = seen(await fresh(call, "tasks", query))
+        async with call.connection() as connection:
+            page = await tasks.search(connection, call.ledger_id, wanted, **part)
     shown = {
         "tasks": await resources.reveal(call.api.vault, call.caller.project_id, page.tasks),
         "next": None if page.next is None else str(page.next),
     }
-    return Answer(200, encode(shown), seen(at))
+    return Answer(200, encode(shown), headers)
 
 
 @reading(
@@ -241,7 +250,7 @@ async def _list(call: Call, query: DeadLetterQuery, wanted: tasks.Filter) -> Ans
     tag="tasks",
     query=TaskQuery,
     answers={200: TaskPage},
-    sends=("Ledger-Position", "View-Behind"),
+    sends=SEEN,
     empty=_no_tasks,
 )
 async def list_tasks(call: Call, query: TaskQuery) -> Answer:
@@ -254,7 +263,7 @@ async def list_tasks(call: Call, query: TaskQuery) -> Answer:
     tag="tasks",
     query=DeadLetterQuery,
     answers={200: TaskPage},
-    sends=("Ledger-Position", "View-Behind"),
+    sends=SEEN,
     empty=_no_tasks,
 )
 async def list_dead_letters(call: Call, query: DeadLetterQuery) -> Answer:
@@ -271,24 +280,25 @@ async def list_dead_letters(call: Call, query: DeadLetterQuery) -> Answer:
     sends=("Ledger-Position", "ETag"),
 )
 async def get_task(call: Call, query: Single) -> Answer:
-    """One task, as it is now."""
-    return await single(call, query, "task", tasks.get)
+    """One task, as it is now or was."""
+    return await single(call, query, "task", tasks.get, then=await as_of(call, query))
 
 
 @reading(
     "/tasks/{task_id:str}/attempts",
     tag="tasks",
-    query=Fresh,
+    query=Dated,
     answers={200: Attempts},
     sends=("Ledger-Position",),
 )
-async def list_attempts(call: Call, query: Fresh) -> Answer:
+async def list_attempts(call: Call, query: Dated) -> Answer:
     """Every attempt of a task: who made it, and what came of it."""
     task_id, project_id = call.path_id("task_id", "task"), call.caller.project_id
     assert call.ledger_id is not None
-    at = await head(call, query, "tasks")
+    then = await as_of(call, query)
+    position = then.position if then is not None else (await head(call, query, "tasks")).head
     async with call.connection() as connection:
-        made = await tasks.attempts(connection, call.ledger_id, task_id)
+        made = await tasks.attempts(connection, call.ledger_id, task_id, then)
     if made is None:
         raise NotFound(what="task", id=task_id)
     shown = [
@@ -304,7 +314,7 @@ async def list_attempts(call: Call, query: Fresh) -> Answer:
             if attempt.error_event_id is not None and attempt.error_version is not None
         ],
     )
-    return Answer(200, encode({"attempts": shown, "next": None}), [(b"ledger-position", b"%d" % at.head)])
+    return Answer(200, encode({"attempts": shown, "next": None}), [(b"ledger-position", b"%d" % position)])
 
 
 ROUTES = [

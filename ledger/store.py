@@ -23,6 +23,7 @@ from ledger.postgres import (
     bigint,
     bigints,
     byteas,
+    is_pooled,
     queries,
     smallints,
     texts,
@@ -344,10 +345,16 @@ async def announce(connection: Connection, ledger_ids: Iterable[UUID]) -> None:
 
 
 async def announced(conninfo: str) -> AsyncGenerator[UUID | None]:
-    """The ledgers that are announced from now on, for ever; None where some may have been missed, at first too."""
+    """The ledgers that are announced from now on; None where some may have been missed, at first too.
+
+    For ever, but behind a pooler: there it ends, and nothing is heard. A LISTEN would stay on a connection that others
+    are given next, who would be told instead.
+    """
     while True:
         with suppress(psycopg.Error):
             async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as connection:
+                if await is_pooled(connection):
+                    return
                 await connection.execute("LISTEN ledger")
                 yield None
                 async for notify in connection.notifies():
@@ -376,9 +383,12 @@ async def read_news(connection: Connection, ledger_id: UUID, after: int | None, 
     return News(*(await _news.fetch(connection, values))[0])
 
 
-async def read_streams(connection: Connection, ledger_id: UUID, stream_ids: Iterable[UUID]) -> list[Recorded]:
-    """All events of these streams, each stream in its order."""
-    rows = await _read(connection, SQL.read_streams, {"ledger_id": ledger_id, "stream_ids": uuids(stream_ids)})
+async def read_streams(
+    connection: Connection, ledger_id: UUID, stream_ids: Iterable[UUID], *, upto: int | None = None
+) -> list[Recorded]:
+    """All events of these streams, or those up to a position, each stream in its order."""
+    values = {"ledger_id": ledger_id, "stream_ids": uuids(stream_ids), "upto": upto}
+    rows = await _read(connection, SQL.read_streams if upto is None else SQL.read_streams_upto, values)
     return [row.decode() for row in rows]
 
 

@@ -146,6 +146,14 @@ LEFT JOIN ledger.payloads AS p ON p.ledger_id = e.ledger_id AND p.position = e.p
 WHERE e.ledger_id = %(ledger_id)s AND e.stream_id = ANY(%(stream_ids)s)
 ORDER BY e.stream_id, e.stream_version
 
+-- name: read_streams_upto
+-- The same, as they were when the ledger ended at a position: `+ 0`, so that nobody thinks of going through it up to there.
+SELECT e.position, e.type, e.entry, p.data
+FROM ledger.events AS e
+LEFT JOIN ledger.payloads AS p ON p.ledger_id = e.ledger_id AND p.position = e.position
+WHERE e.ledger_id = %(ledger_id)s AND e.stream_id = ANY(%(stream_ids)s) AND e.position + 0 <= %(upto)s
+ORDER BY e.stream_id, e.stream_version
+
 -- name: read_after
 -- A ledger in order after a position. Dense: a gap here would be a fault, so readers assert next = last + 1.
 SELECT e.position, e.type, e.entry, p.data

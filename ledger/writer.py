@@ -27,6 +27,7 @@ from ledger.batch import Batch
 from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
 from ledger.known import Known, NotLoaded, Queue
 from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
+from ledger.past import SETTLED_SECONDS
 from ledger.pending import Pending, Verdict
 from ledger.postgres import TROUBLE, Clock, Connection, Pool, store_errors
 from ledger.reader import Reader
@@ -247,6 +248,9 @@ class Writer:
             connection.standby_missed = False
             if self._clock.stale:
                 await self._clock.measure(connection)
+            age = self._clock.now() - decided.recorded_at
+            if age.total_seconds() > SETTLED_SECONDS / 2:
+                return False  # by now somebody may have been told all that was recorded by that time (past.py)
             if decided.append.commands:
                 unchanged = await store.append(connection, decided.append)
             else:

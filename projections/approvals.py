@@ -3,9 +3,9 @@
 When an approval's time runs out, and what that means, is asked of its rules and kept beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
@@ -15,14 +15,17 @@ from ledger import approval as rules
 from ledger.approval import Approval
 from ledger.entry import Recorded
 from ledger.errors import MalformedRequest
+from ledger.past import Past
 from ledger.postgres import Connection, bigints, byteas, queries, smallints, texts, timestamptzs, uuids
 from ledger.system import Overdue
 from ledger.values import Risk, Stamp, moment
+from projections import spans
 from projections.projector import Memory
 from projections.states import States, column
 
 SQL = queries("projections", "approvals")
-WRITE = SQL.write
+WRITE = SQL.write + b", " + spans.write("approvals", "approval")
+VERSION = 2
 
 Order = Literal["asc", "desc", "risk", "expires_at"]
 """`asc`: as they were requested; `risk`: the riskiest first, then as requested; `expires_at`: the most urgent first."""
@@ -68,6 +71,7 @@ async def project(
         "approval_ids": uuids(kept),
         "approval_positions": bigints(one.position for one in kept.values()),
         "approval_states": texts(approval.state for approval in approvals),
+        "approval_sinces": bigints(one.since for one in kept.values()),
         "approval_session_ids": uuids(approval.session_id for approval in approvals),
         "approval_task_ids": uuids(approval.task_id for approval in approvals),
         "approval_tools": texts(column(approval.action["tool"]) for approval in approvals),
@@ -78,6 +82,7 @@ async def project(
         "approval_expires_ats": timestamptzs(moment(approval.expires_at) for approval in approvals),
         "approval_due_ats": timestamptzs(moment(due.deadline) if due else None for due in next_due),
         "approvals": byteas(one.content for one in kept.values()),
+        **spans.columns("approval", (span for one in kept.values() for span in one.spans)),
     }
 
 
@@ -95,6 +100,75 @@ async def search(
 
     Raises MalformedRequest where another state is asked for with one of these.
     """
+    wanted, filters, values = _asked_for(wanted, order)
+    parts = [SQL.list, *_in_state(wanted.state), *filters]
+    if after is not None:
+        parts.append(getattr(SQL, f"after_{order}"))
+        values["after"] = after
+    parts.append(getattr(SQL, f"by_{order}"))
+    approvals, following = await _approvals.page(connection, parts, values | {"ledger_id": ledger_id}, limit)
+    return Page(approvals=approvals, next=following)
+
+
+async def search_past(
+    connection: Connection,
+    ledger_id: UUID,
+    past: Past,
+    wanted: Filter,
+    *,
+    limit: int,
+    after: int | None = None,
+    order: Order = "desc",
+    reached: int,
+) -> Page:
+    """The same, as of `past`; the view has `reached` that position. Raises as `search`."""
+    wanted, filters, values = _asked_for(wanted, order)
+    approvals, following = await _approvals.past_page(
+        connection,
+        ledger_id,
+        past,
+        lambda going_on: _past_list(wanted, filters, order, going_on),
+        values | {"classes": reached.bit_length()},
+        limit=limit,
+        after=after,
+        holds=lambda approval: wanted.state in (None, approval.state),
+    )
+    return Page(approvals=approvals, next=following)
+
+
+def _past_list(wanted: Filter, filters: list[bytes], order: Order, going_on: bool) -> bytes:
+    """What there was: in any state; of a few, what may have been in one; in one since before, or in a span of it."""
+    in_order: bytes = getattr(SQL, f"by_{order}")
+    end = [*([getattr(SQL, f"after_{order}")] if going_on else []), in_order]
+    if wanted.state is None:
+        return b"\n".join([SQL.then, *filters, *end])
+    if wanted.session_id is not None or wanted.task_id is not None:
+        return b"\n".join([SQL.then, SQL.perhaps_then, *filters, *end])
+    since = [SQL.then, *_in_state(wanted.state), SQL.since_then]
+    if order in ("asc", "desc"):
+        of = [SQL.then_of.replace(b"{filters}", b"\n".join(filters))] if filters else []
+        return spans.united([*since, *filters, *end], spans.part("approvals", of, order, going_on)) + b"\n" + in_order
+    listed = spans.united(since, spans.whole("approvals"))
+    return b"\n".join([SQL.then_sorted.replace(b"{list}", listed), *filters, *end])
+
+
+async def waited_on(
+    connection: Connection, ledger_id: UUID, past: Past, session_ids: Collection[UUID]
+) -> dict[UUID, list[UUID]]:
+    """The approvals that each of these sessions waited on; the view has reached that position. Sessions that waited on
+    none are not named."""
+    values = {"ledger_id": ledger_id, "session_ids": uuids(session_ids), "as_of": past.position}
+    cursor = await connection.execute(SQL.perhaps_pending, values, prepare=True, binary=True)
+    found = sorted([approval_id for (approval_id,) in await cursor.fetchall()])
+    waited_on: dict[UUID, list[UUID]] = {}
+    for approval in await _approvals.as_of(connection, ledger_id, found, past.position):
+        if approval.state == "pending" and approval.session_id is not None:
+            waited_on.setdefault(approval.session_id, []).append(approval.approval_id)
+    return waited_on
+
+
+def _asked_for(wanted: Filter, order: Order) -> tuple[Filter, list[bytes], dict[str, Any]]:
+    """What is asked for, the parts of a query that say so, but for the state, and the values of all of it."""
     of_pending = {"order": order not in ("asc", "desc"), "role": wanted.role, "expires_before": wanted.expires_before}
     if said := [name for name, value in of_pending.items() if value]:
         if wanted.state not in (None, "pending"):
@@ -102,9 +176,8 @@ async def search(
             raise MalformedRequest([{"pointer": name, "detail": detail} for name in said])
         wanted = msgspec.structs.replace(wanted, state="pending")
     values = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
-    if wanted.state == "pending":
-        values["pending"] = values.pop("state")
-    parts = [SQL.list, *(getattr(SQL, name) for name in values)]
+    among_pending = ("tool", "requester") if wanted.state == "pending" else ()
+    parts = [getattr(SQL, f"pending_{name}" if name in among_pending else name) for name in values if name != "state"]
     if wanted.risk is not None:
         values["risk"] = RISKS.index(wanted.risk)
     if wanted.requester is not None:
@@ -114,12 +187,11 @@ async def search(
         if separator:
             parts.append(SQL.issuer)
             values["issuer"] = issuer
-    if after is not None:
-        parts.append(getattr(SQL, f"after_{order}"))
-        values["after"] = after
-    parts.append(getattr(SQL, f"by_{order}"))
-    approvals, following = await _approvals.page(connection, parts, values | {"ledger_id": ledger_id}, limit)
-    return Page(approvals=approvals, next=following)
+    return wanted, parts, values
+
+
+def _in_state(state: str | None) -> list[bytes]:
+    return [] if state is None else [SQL.pending if state == "pending" else SQL.state]
 
 
 class _Asked(Struct):

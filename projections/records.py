@@ -20,6 +20,7 @@ from projections.segments import Index, Order, pack
 from projections.terms import Condition, common_term, event_terms, has, has_actor, id_term, term
 
 WRITE = queries("projections", "records").write
+VERSION = 1
 
 _index = Index("records")
 

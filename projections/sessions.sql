@@ -1,23 +1,24 @@
 -- name: load
 -- The sessions that a batch goes on with.
-SELECT session_id, position, session FROM sessions.sessions
+SELECT session_id, position, state_since, session FROM sessions.sessions
 WHERE ledger_id = %(ledger_id)s AND session_id = ANY(%(ids)s)
 
 -- name: write
 -- Where neither state nor expiry changes, no index is touched.
 session_rows AS (
     INSERT INTO sessions.sessions
-        (ledger_id, session_id, position, opened_at, expires_at, state, agent_role, session)
+        (ledger_id, session_id, position, opened_at, expires_at, state, state_since, agent_role, session)
     SELECT
         a.ledger_id, s.session_id, s.position, s.opened_at::timestamptz, s.expires_at::timestamptz,
-        s.state, s.agent_role, s.session
+        s.state, nullif(s.state_since, 0), s.agent_role, s.session
     FROM advanced AS a, unnest(
         %(session_ids)s::uuid[], %(session_positions)s::bigint[], %(session_opened_ats)s::text[], %(session_expires_ats)s::text[],
-        %(session_states)s::text[], %(session_roles)s::text[], %(sessions)s::bytea[]
-    ) AS s (session_id, position, opened_at, expires_at, state, agent_role, session)
+        %(session_states)s::text[], %(session_sinces)s::bigint[], %(session_roles)s::text[], %(sessions)s::bytea[]
+    ) AS s (session_id, position, opened_at, expires_at, state, state_since, agent_role, session)
     WHERE a.view = 'sessions'
     ON CONFLICT (ledger_id, session_id) DO UPDATE
-    SET state = excluded.state, expires_at = excluded.expires_at, session = excluded.session
+    SET state = excluded.state, state_since = excluded.state_since, expires_at = excluded.expires_at,
+        session = excluded.session
 ), label_rows AS (
     INSERT INTO sessions.labels (ledger_id, key, value, opened_at, position, session_id, state, agent_role)
     SELECT a.ledger_id, l.key, l.value, l.opened_at::timestamptz, l.position, l.session_id, l.state, l.agent_role
@@ -72,6 +73,57 @@ AND (k.opened_at, k.position) < (%(after_time)s, %(after_position)s)
 
 -- name: newest_first
 ORDER BY k.opened_at DESC, k.position DESC
+
+-- The past is listed by the same parts. Whose entries: of the sessions that were there, all, those in a state since, or
+-- those in a span of it (spans.sql). Positions and times of opening are in one order.
+
+-- name: then_all
+SELECT k.position, k.session_id AS stream_id FROM sessions.sessions AS k
+WHERE k.ledger_id = %(ledger_id)s AND (k.opened_at, k.position) <= (%(at)s, %(as_of)s)
+
+-- name: then_label
+SELECT k.position, k.session_id AS stream_id FROM sessions.labels AS k
+WHERE k.ledger_id = %(ledger_id)s AND k.key = %(key)s AND k.value = %(value)s
+AND (k.opened_at, k.position) <= (%(at)s, %(as_of)s)
+
+-- name: since_then
+AND k.state_since <= %(as_of)s
+
+-- name: since_then_labelled
+AND (
+    SELECT state_since FROM sessions.sessions WHERE ledger_id = %(ledger_id)s AND session_id = k.session_id
+) <= %(as_of)s
+
+-- name: then_of
+-- Of those in a span, those that fulfil what else was asked for. One by one, as a scalar: never all that do.
+AND (
+    SELECT true FROM sessions.sessions AS k WHERE k.ledger_id = %(ledger_id)s AND k.session_id = s.stream_id {filters}
+)
+
+-- name: then_labelled
+AND (
+    SELECT true FROM sessions.labels AS k
+    WHERE k.ledger_id = %(ledger_id)s AND k.key = %(key)s AND k.value = %(value)s AND k.position = s.position
+    AND k.opened_at = (
+        SELECT opened_at FROM sessions.sessions WHERE ledger_id = %(ledger_id)s AND session_id = s.stream_id
+    ) {filters}
+)
+
+-- name: then_after
+AND s.position < %(after_position)s
+
+-- name: then_newest_first
+ORDER BY s.position DESC
+
+-- name: then_page
+SELECT k.position, k.stream_id FROM ({list}) AS k ORDER BY k.position DESC LIMIT %(limit)s OFFSET %(offset)s
+
+-- name: then_count
+SELECT count(*) FROM (SELECT FROM ({list}) AS k LIMIT %(total_max)s + 1) AS k
+
+-- name: part
+-- Of each source no more than can be shown, or counted.
+LIMIT %(part)s
 
 -- name: count
 -- In the list's order too: else the planner would take the first rows it meets for as good as any, and read the

@@ -5,35 +5,55 @@ values in it stay sealed.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
 
+from ledger import store
 from ledger.entry import Event, Recorded, canonical
+from ledger.past import Past
 from ledger.postgres import Connection, uuids
+from ledger.replay import fold_all
 from projections.projector import Memory, in_schema
+from projections.spans import Span
 
 REMEMBERED_MAX = 2_000
 REMEMBERED_BYTES_MAX = 8 * 1024
 """A larger state is read again when its stream goes on: 2,000 of the largest would be gigabytes."""
 
-S = TypeVar("S")
+
+class Stateful(Protocol):
+    @property
+    def state(self) -> str: ...
+
+
+S = TypeVar("S", bound=Stateful)
+
+
+class Known(NamedTuple, Generic[S]):
+    """A state. `position` is that of its stream's first event: the order in which things were made. `since` is that of
+    the event by which what it calls its `state` became what it is; 0 where an earlier version did not keep that."""
+
+    position: int
+    since: int
+    state: S
 
 
 class Kept(NamedTuple, Generic[S]):
-    """A state with its bytes, and what it was before the batch, if anything. `position` is that of its stream's first
-    event: the order in which things were made."""
+    """A state with its bytes, what it was before the batch, if anything, and the spans that ended in the batch."""
 
     position: int
+    since: int
     before: S | None
     state: S
     content: bytes
+    spans: list[Span]
 
 
 class States(Generic[S]):
-    """The states of one stream type. Of the view's `sql`, `get` reads the bytes of one by its id, and `load` position
-    and bytes of those in `%(ids)s`."""
+    """The states of one stream type. Of the view's `sql`, `get` reads the bytes of one by its id, and `load` position,
+    since when, and bytes of those in `%(ids)s`."""
 
     def __init__(
         self,
@@ -68,43 +88,94 @@ class States(Generic[S]):
         rows = await cursor.fetchall()
         return [self.decode(content) for _, content in rows[:limit]], rows[limit - 1][0] if len(rows) > limit else None
 
+    async def as_of(
+        self, connection: Connection, ledger_id: UUID, stream_ids: Sequence[UUID], position: int
+    ) -> list[S]:
+        """What the events up to `position` made of these streams, which had begun by then, in this order; one query."""
+        states = fold_all(await store.read_streams(connection, ledger_id, stream_ids, upto=position))
+        return [states[stream_id] for stream_id in stream_ids]
+
+    async def past_page(
+        self,
+        connection: Connection,
+        ledger_id: UUID,
+        past: Past,
+        query: Callable[[bool], bytes],
+        values: dict[str, Any],
+        *,
+        limit: int,
+        after: int | None,
+        holds: Callable[[S], bool],
+    ) -> tuple[list[S], int | None]:
+        """Up to `limit` states of a list as of `past`, and the position to go on after, if there is more.
+
+        `query`, with `after` or without, says which things to look at, in order: position and id. What they were is
+        what their events say, and which of them belong in the list is for `holds`.
+        """
+        given = {name: column(value) if isinstance(value, str) else value for name, value in values.items()}
+        given |= {"ledger_id": ledger_id, "as_of": past.position, "limit": limit + 1}
+        shown: list[tuple[int, S]] = []
+        while len(shown) <= limit:
+            cursor = await connection.execute(
+                query(after is not None), given | {"after": after}, prepare=True, binary=True
+            )
+            rows = await cursor.fetchall()
+            states = await self.as_of(connection, ledger_id, [stream_id for _, stream_id in rows], past.position)
+            shown += [(row[0], state) for row, state in zip(rows, states, strict=True) if holds(state)]
+            if len(rows) <= limit:
+                break
+            after = rows[-1][0]
+        return [state for _, state in shown[:limit]], shown[limit - 1][0] if len(shown) > limit else None
+
     async def after(
         self, connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
     ) -> dict[UUID, Kept[S]]:
         """What `batch` made of the streams it goes on with, by id. It remembers those that are open."""
-        events = [recorded for recorded in batch if recorded.event.stream_type == self._stream_type]
-        if not events:
-            return {}
-        begun = {event.stream_id for _, event in events if event.stream_version == 1}
-        gone_on = {event.stream_id for _, event in events} - begun
-        before = {key: memory[key] for key in gone_on if key in memory}
+        # By number: a UUID is hashed and compared in Python.
+        histories: dict[int, list[Recorded]] = {}
+        for recorded in batch:
+            if recorded.event.stream_type == self._stream_type:
+                histories.setdefault(recorded.event.stream_id.int, []).append(recorded)
+        firsts = [history[0].event for history in histories.values()]
+        gone_on = {event.stream_id for event in firsts if event.stream_version > 1}
+        before: dict[UUID, Known[S]] = {key: memory[key] for key in gone_on if key in memory}
         if len(before) < len(gone_on):
             before |= await self._load(connection, ledger_id, memory.schema, gone_on - before.keys())
-        after = dict(before)
-        for position, event in events:
-            first, state = after.get(event.stream_id, (position, None))
-            after[event.stream_id] = first, self._evolve(state, event)
         kept = {
-            key: Kept(first, before[key][1] if key in before else None, state, canonical(state))
-            for key, (first, state) in after.items()
+            event.stream_id: self._go_on(before.get(event.stream_id) if event.stream_version > 1 else None, history)
+            for event, history in zip(firsts, histories.values(), strict=True)
         }
         self._remember(memory, kept)
         return kept
 
+    def _go_on(self, before: Known[S] | None, history: Sequence[Recorded]) -> Kept[S]:
+        """What the events of one stream made of it."""
+        first, since, state = before or (history[0].position, history[0].position, None)
+        spans: list[Span] = []
+        for position, event in history:
+            was, state = state, self._evolve(state, event)
+            if was is not None and state.state != was.state:
+                if since:
+                    spans.append(Span(event.stream_id, first, was.state, since, position))
+                since = position
+        assert state is not None
+        return Kept(first, since, before.state if before else None, state, canonical(state), spans)
+
     async def _load(
         self, connection: Connection, ledger_id: UUID, schema: str, ids: Collection[UUID]
-    ) -> dict[UUID, tuple[int, S]]:
+    ) -> dict[UUID, Known[S]]:
         values = {"ledger_id": ledger_id, "ids": uuids(ids)}
         cursor = await connection.execute(in_schema(self._sql.load, schema), values, prepare=True, binary=True)
-        return {key: (position, self.decode(content)) for key, position, content in await cursor.fetchall()}
+        rows = await cursor.fetchall()
+        return {key: Known(position, since or 0, self.decode(content)) for key, position, since, content in rows}
 
     def _remember(self, memory: Memory, kept: dict[UUID, Kept[S]]) -> None:
         if len(memory) > REMEMBERED_MAX:
             memory.clear()
-        for key, (position, _, state, content) in kept.items():
+        for key, one in kept.items():
             memory.pop(key, None)
-            if self._is_open(state) and len(content) <= REMEMBERED_BYTES_MAX:
-                memory[key] = position, state
+            if self._is_open(one.state) and len(one.content) <= REMEMBERED_BYTES_MAX:
+                memory[key] = Known(one.position, one.since, one.state)
 
 
 def column(text: str) -> str:

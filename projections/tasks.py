@@ -24,15 +24,18 @@ from ledger.events import (
     TaskExpired,
     TaskSuspended,
 )
+from ledger.past import Past
 from ledger.postgres import Connection, bigints, byteas, queries, texts, timestamptzs, uuids
 from ledger.task import OPEN, Task, evolve
 from ledger.values import Stamp, moment
+from projections import spans
 from projections.projector import Memory
 from projections.segments import Order
 from projections.states import States, column
 
 SQL = queries("projections", "tasks")
-WRITE = SQL.write
+WRITE = SQL.write + b", " + spans.write("tasks", "task")
+VERSION = 2
 
 _tasks = States("task", Task, evolve, lambda task: task.state in OPEN, SQL)
 get = _tasks.get
@@ -102,9 +105,11 @@ async def project(
         "task_submitted_ats": timestamptzs(moment(task.submitted_at) for task in tasks),
         "task_kinds": texts(column(task.kind) for task in tasks),
         "task_states": texts(task.state for task in tasks),
+        "task_sinces": bigints(one.since for one in kept.values()),
         "task_session_ids": uuids(task.session_id for task in tasks),
         "task_workers": texts(column(task.worker or "") for task in tasks),
         "tasks": byteas(one.content for one in kept.values()),
+        **spans.columns("task", (span for one in kept.values() for span in one.spans)),
     }
 
 
@@ -128,9 +133,60 @@ async def search(
     return Page(tasks=tasks, next=following)
 
 
-async def attempts(connection: Connection, ledger_id: UUID, task_id: UUID) -> list[Attempt] | None:
-    """Every attempt of the task, in order, from the ledger itself; None where there is no such task."""
-    events = [recorded.event for recorded in await store.read_streams(connection, ledger_id, [task_id])]
+async def search_past(
+    connection: Connection,
+    ledger_id: UUID,
+    past: Past,
+    wanted: Filter,
+    *,
+    limit: int,
+    after: int | None = None,
+    order: Order = "desc",
+    reached: int,
+) -> Page:
+    """The same, as of `past`; the view has `reached` that position. `worker` is who had it in hand then."""
+    state = wanted.state
+    if wanted.worker is not None:
+        if state not in (None, "running"):
+            return Page(tasks=[], next=None)  # nobody has in hand what does not run
+        state = "running"
+    values = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
+    filters = [getattr(SQL, name) for name in values if name not in ("state", "worker")]
+
+    def query(going_on: bool) -> bytes:
+        in_order: bytes = getattr(SQL, order)
+        rows = [SQL.then, *filters, *([getattr(SQL, f"after_{order}")] if going_on else []), in_order]
+        if state is None:
+            return b"\n".join(rows)
+        if wanted.session_id is not None:
+            return b"\n".join([rows[0], SQL.perhaps_then, *rows[1:]])
+        of = [SQL.then_of.replace(b"{filters}", b"\n".join(filters))] if filters else []
+        rows.insert(1, SQL.since_then)
+        return spans.united(rows, spans.part("tasks", of, order, going_on)) + b"\n" + in_order
+
+    tasks, following = await _tasks.past_page(
+        connection,
+        ledger_id,
+        past,
+        query,
+        values | {"state": state, "classes": reached.bit_length()},
+        limit=limit,
+        after=after,
+        holds=lambda task: (
+            state in (None, task.state)
+            and (wanted.worker is None or column(task.worker or "") == column(wanted.worker))
+        ),
+    )
+    return Page(tasks=tasks, next=following)
+
+
+async def attempts(
+    connection: Connection, ledger_id: UUID, task_id: UUID, past: Past | None = None
+) -> list[Attempt] | None:
+    """Every attempt of the task that there was then, or is now, in order, from the ledger itself; None where there is
+    no such task."""
+    upto = past.position if past else None
+    events = [recorded.event for recorded in await store.read_streams(connection, ledger_id, [task_id], upto=upto)]
     return _attempts(events) if events and events[0].stream_type == "task" else None
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4, uuid5
@@ -20,7 +21,9 @@ from ledger.errors import (
     RateLimited,
     StoreUnavailable,
 )
+from ledger.past import SETTLED_SECONDS
 from ledger.pending import Verdict
+from ledger.postgres import Pool
 from ledger.receipt import Receipt
 from ledger.system import ExpireSession
 from ledger.values import SYSTEM, Actor, stamp
@@ -467,3 +470,17 @@ async def test_a_lost_connection_mid_commit_is_looked_up_and_not_repeated(
     await cutter
     texts = [event.data.text for event in of_type(check_ledger(database.owner)["demo"], "SessionAnnotated")]
     assert sorted(texts, key=int) == [str(i) for i in range(300)]
+
+
+async def test_what_was_decided_long_before_it_could_be_sent_is_recorded_at_the_time_that_it_is_then(
+    committer: Committer, pool: Pool, agent: Actor
+) -> None:
+    for _ in range(5):  # until it believes to be alone
+        await opened(committer, agent)
+    async with AsyncExitStack() as held:
+        for _ in range(pool.max_size):
+            await held.enter_async_context(pool.connection())
+        late = asyncio.create_task(committer.submit("demo", OpenSession(agent_role="finance"), agent))
+        await asyncio.sleep(SETTLED_SECONDS)
+        at = stamp(datetime.now(UTC))
+    assert (await late).state.opened_at > at, "else it were of a time of which everything was told already"

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -315,6 +315,26 @@ async def test_whatever_is_asked_of_what_is_pending_reads_no_more_than_all_of_it
                 assert await rows_read(reader, "approvals") - before <= 100, (more, order)
         async with await psycopg.AsyncConnection.connect(database.owner, autocommit=True) as owner:
             await owner.execute("ANALYZE approvals.approvals")
+
+
+async def test_who_asks_for_what_no_approval_has_does_not_read_them_all(
+    history: History, projector: Projector, reader: Connection, database: Database
+) -> None:
+    """Also once the planner knows that all are alike."""
+    for _ in range(2000):
+        deny(history, history.ask("refund", risk="low"))
+    await project_all(projector, history)
+    async with await psycopg.AsyncConnection.connect(database.owner, autocommit=True) as owner:
+        await owner.execute("ANALYZE approvals.approvals")
+    wanted: list[dict[str, Any]] = [
+        *({"requester": "nobody"}, {"tool": "deploy"}, {"risk": "high"}, {"state": "granted"}),
+        *({"session_id": uuid4()}, {"task_id": uuid4()}),
+    ]
+    for one in wanted:
+        async with reader.transaction():
+            before = await rows_read(reader, "approvals")
+            assert await found(reader, history, **one) == []
+            assert await rows_read(reader, "approvals") - before <= 20, one
 
 
 async def test_personal_values_rest_sealed_in_the_view_too(

@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from ledger.errors import MalformedRequest
@@ -12,6 +13,7 @@ from ledger.postgres import Connection
 from ledger.values import moment
 from projections import Projector, sessions
 from projections.sessions import Filter, Page
+from tests.conftest import Database
 from tests.projections.conftest import BEGINNING, History, NewHistory, project_all, rows_read
 
 STRANGE = ["a\0b", "\ud7ff\ue000", "\U0001d518", "e\u0301", "'; DROP TABLE x; --", "\\", "%s", "\u202eright", "  "]
@@ -204,3 +206,20 @@ async def test_a_list_reads_little_more_than_it_shows(
             page = await sessions.search(reader, history.ledger_id, wanted, limit=20)
             read = await rows_read(reader, "sessions") - before
         assert read <= 2 * (page.total + 21), wanted
+
+
+async def test_who_asks_for_what_no_session_has_does_not_read_them_all(
+    history: History, projector: Projector, reader: Connection, database: Database
+) -> None:
+    """Also once the planner knows that all are alike."""
+    for _ in range(2000):
+        history.open("common")
+    await project_all(projector, history)
+    async with await psycopg.AsyncConnection.connect(database.owner, autocommit=True) as owner:
+        await owner.execute("ANALYZE sessions.sessions")
+    for wanted in (Filter(agent_role="nobody"), Filter(state="failed"), Filter(agent_role="nobody", state="failed")):
+        async with reader.transaction():
+            before = await rows_read(reader, "sessions")
+            page = await sessions.search(reader, history.ledger_id, wanted, limit=20)
+            assert page.sessions == []
+            assert await rows_read(reader, "sessions") - before <= 20, wanted

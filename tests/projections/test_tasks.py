@@ -1,8 +1,9 @@
 """The view `tasks`: found by every filter, page by page, the same as its stream; and what came of each attempt."""
 
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from uuid_utils.compat import uuid7
 
@@ -26,6 +27,7 @@ from ledger.replay import fold
 from ledger.values import moment
 from projections import Projector, states, tasks
 from projections.tasks import Attempt, Filter
+from tests.conftest import Database
 from tests.projections.conftest import BEGINNING, LATER, History, NewHistory, project_all, rows_read
 
 
@@ -253,3 +255,21 @@ async def test_a_list_reads_little_more_than_it_shows(
             page = await tasks.search(reader, history.ledger_id, wanted, limit=20)
             read = await rows_read(reader, "tasks") - before
         assert read <= 2 * (len(page.tasks) + 11), wanted
+
+
+async def test_who_asks_for_what_no_task_has_does_not_read_them_all(
+    history: History, projector: Projector, reader: Connection, database: Database
+) -> None:
+    """Also once the planner knows that all are alike."""
+    session_id = history.open()
+    for _ in range(2000):
+        claim(history, history.submit("common", session_id=session_id), worker="w1")
+    await project_all(projector, history)
+    async with await psycopg.AsyncConnection.connect(database.owner, autocommit=True) as owner:
+        await owner.execute("ANALYZE tasks.tasks")
+    for wanted in (Filter(kind="other"), Filter(state="dead"), Filter(worker="w2"), Filter(session_id=uuid4())):
+        async with reader.transaction():
+            before = await rows_read(reader, "tasks")
+            page = await tasks.search(reader, history.ledger_id, wanted, limit=20)
+            assert page.tasks == []
+            assert await rows_read(reader, "tasks") - before <= 20, wanted
