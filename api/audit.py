@@ -6,7 +6,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from api.events import Events, Found, find, no_events, show
 from api.http import Answer, Call
-from api.reading import fresh, given, reading, seen
+from api.reading import SEEN, fresh, given, reading, seen
 from projections import audit
 
 
@@ -35,7 +35,7 @@ NOTHING = audit.Facets(types={}, actors={}, counted=0, is_exact=True)
     tag="events",
     query=SearchQuery,
     answers={200: SearchPage},
-    sends=("Ledger-Position", "View-Behind"),
+    sends=SEEN,
     empty=lambda call, query: no_events(call, query, facets=NOTHING if query.facets else None),
 )
 async def search_audit(call: Call, query: SearchQuery) -> Answer:

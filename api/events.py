@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from api.http import JSON, Answer, Call
-from api.reading import Fresh, Listing, fresh, given, head, or_none, reading, seen
+from api.reading import SEEN, Fresh, Listing, fresh, given, head, or_none, reading, seen
 from api.resources import SEALED
 from ledger import store
 from ledger.commands import Moment
@@ -231,7 +231,7 @@ def _cell(value: Any) -> str | int:
 
 
 FORMS = {"application/json": Events, "application/x-ndjson": str, "text/csv": str}
-SENDS = ("Ledger-Position", "View-Behind", "Link")
+SENDS = (*SEEN, "Link")
 
 
 @reading(

@@ -93,6 +93,8 @@ async def _of_views(connection: Connection) -> list["Metric"]:
     lags = {(name,): view.lag_events for name, view in views.items()}
     waits = {(name,): view.lag_seconds for name, view in views.items()}
     parked = {(name,): len(view.parked_projects) for name, view in views.items()}
+    drifted = {(name,): view.drifted for name, view in views.items()}
+    ages = {(name,): view.proof_age_seconds for name, view in views.items()}
     done = {(name,): builds[next_of(name)].taken for name in VIEWS if next_of(name) in builds}
     wanted = {(name,): builds[next_of(name)].total for name in VIEWS if next_of(name) in builds}
     return [
@@ -100,6 +102,8 @@ async def _of_views(connection: Connection) -> list["Metric"]:
         gauge("muniment_view_lag_events", "Events that are not in the view yet.", lags, "view"),
         gauge("muniment_view_lag_seconds", "How long the first of them has waited.", waits, "view"),
         gauge("muniment_view_parked_projects", "Projects whose part stands before a bad event.", parked, "view"),
+        gauge("muniment_view_drifted_values", "Values that are not what a replay makes of them.", drifted, "view"),
+        gauge("muniment_view_proof_age_seconds", "How long ago the oldest proof of a part began.", ages, "view"),
         gauge("muniment_rebuild_events_done", "Events in the build that is being made.", done, "view"),
         gauge("muniment_rebuild_events_wanted", "Events that there are for it.", wanted, "view"),
     ]

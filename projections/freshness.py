@@ -31,24 +31,35 @@ class Freshness(NamedTuple):
     position: int
     head: int
     is_parked: bool
+    is_drifted: bool = False
 
     @property
     def behind(self) -> int:
         """How many events that were there when it was asked are not in the view."""
         return max(0, self.head - self.position)
 
+    @property
+    def state(self) -> str | None:
+        """What makes more of it than late: drifted, or parked; None where it does well."""
+        return "drifted" if self.is_drifted else "parked" if self.is_parked else None
+
 
 class Health(Struct, kw_only=True, frozen=True):
     """How a view does over all ledgers.
 
     `lag_seconds` is how long the first event that is not in it has waited. `state`: running; degraded where a
-    part is parked, in the projects named; stopped where no worker runs.
+    part is parked, in the projects named; drifted where the last proof of a part found rows that are not what a replay
+    makes of them, so many values in all; stopped where no worker runs. `proof_age_seconds` is how long ago the proof
+    began that is longest ago, of all parts; of one that was never proven, how long its ledger is there.
     """
 
     lag_events: int
     lag_seconds: float
     state: str
     parked_projects: list[str]
+    drifted_projects: list[str]
+    drifted: int
+    proof_age_seconds: float
 
 
 async def caught_up(
@@ -128,10 +139,7 @@ async def _look(connection: Connection, asked: Collection[tuple[str, UUID]]) -> 
     views, ledger_ids = zip(*asked, strict=True)
     values = {"views": texts(views), "ledger_ids": uuids(ledger_ids)}
     cursor = await connection.execute(SQL.look, values, prepare=True, binary=True)
-    return {
-        (view, ledger_id): Freshness(position, head, parked)
-        for view, ledger_id, position, head, parked in await cursor.fetchall()
-    }
+    return {(view, ledger_id): Freshness(*found) for view, ledger_id, *found in await cursor.fetchall()}
 
 
 class _Recorded(Struct):
@@ -145,15 +153,28 @@ async def health(connection: Connection, views: Collection[str]) -> dict[str, He
     waits = dict.fromkeys(views, 0.0)
     for view, entry in await (await connection.execute(SQL.waiting, values)).fetchall():
         waits[view] = max(waits[view], _seconds_since(entry, now))
-    lags = {
-        view: (lag, parked or []) for view, lag, parked in await (await connection.execute(SQL.lag, values)).fetchall()
-    }
-    healths = {}
-    for view in views:
-        lag, parked = lags.get(view, (0, []))
-        state = "stopped" if not runs else "degraded" if parked else "running"
-        healths[view] = Health(lag_events=lag, lag_seconds=waits[view], state=state, parked_projects=parked)
-    return healths
+    found = {view: said for view, *said in await (await connection.execute(SQL.lag, values)).fetchall()}
+    return {view: _health(runs, waits[view], *found.get(view, (0, [], 0, [], 0.0))) for view in views}
+
+
+def _health(
+    runs: bool,
+    lag_seconds: float,
+    lag_events: int,
+    parked: list[str] | None,
+    drifted: int,
+    drifted_in: list[str] | None,
+    proof_age_seconds: float | None,
+) -> Health:
+    return Health(
+        lag_events=lag_events,
+        lag_seconds=lag_seconds,
+        state="stopped" if not runs else "drifted" if drifted else "degraded" if parked else "running",
+        parked_projects=parked or [],
+        drifted_projects=drifted_in or [],
+        drifted=drifted,
+        proof_age_seconds=proof_age_seconds or 0.0,
+    )
 
 
 def _seconds_since(entry: bytes, now: datetime) -> float:

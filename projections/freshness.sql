@@ -1,18 +1,27 @@
 -- name: look
--- The head of each ledger and how far the view asked for has come in it.
-SELECT a.view, a.ledger_id, coalesce(p.position, 0), coalesce(l.size, 0), p.parked_position IS NOT NULL
+-- The head of each ledger, how far the view asked for has come in it, and whether its rows are known to be wrong.
+SELECT
+    a.view, a.ledger_id, coalesce(p.position, 0), coalesce(l.size, 0), p.parked_position IS NOT NULL,
+    coalesce(d.drifted > 0, false)
 FROM unnest(%(views)s, %(ledger_ids)s) AS a (view, ledger_id)
 LEFT JOIN ledger.ledgers AS l ON l.ledger_id = a.ledger_id
 LEFT JOIN projections.positions AS p ON p.view = a.view AND p.ledger_id = a.ledger_id
+LEFT JOIN projections.verdicts AS d
+ON d.view = a.view AND d.ledger_id = a.ledger_id AND d.schema = to_regnamespace(a.view)::oid::bigint
 
 -- name: lag
--- By view: how many events are not in it yet, and the ledgers it is parked in.
+-- By view: how many events are not in it yet; the projects it is parked in; how many values of it are wrong, and in
+-- which projects; and for how long no proof says anything of that part of it for which this is longest.
 SELECT
     v.view, sum(l.size - coalesce(p.position, 0))::bigint,
-    array_agg(l.project_id ORDER BY l.project_id) FILTER (WHERE p.parked_position IS NOT NULL)
-FROM unnest(%(views)s) AS v (view)
+    array_agg(l.project_id ORDER BY l.project_id) FILTER (WHERE p.parked_position IS NOT NULL),
+    coalesce(sum(d.drifted), 0)::bigint,
+    array_agg(l.project_id ORDER BY l.project_id) FILTER (WHERE d.drifted > 0),
+    extract(epoch FROM now() - min(coalesce(d.verified_at, l.created_at)) FILTER (WHERE p.position > 0))::float8
+FROM (SELECT u.view, to_regnamespace(u.view)::oid::bigint AS schema FROM unnest(%(views)s) AS u (view)) AS v
 CROSS JOIN ledger.ledgers AS l
 LEFT JOIN projections.positions AS p ON p.view = v.view AND p.ledger_id = l.ledger_id
+LEFT JOIN projections.verdicts AS d ON d.view = v.view AND d.ledger_id = l.ledger_id AND d.schema = v.schema
 WHERE NOT l.is_foreign
 GROUP BY v.view
 

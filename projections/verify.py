@@ -1,41 +1,49 @@
 """Proof that a view is what it says: `I am replay(ledger, position P, code version V), digest H`.
 
 The replay is independent of how views are written: it reads whole streams, or one event after another, folds them by
-the rules, and states again what the rows must be. It walks ledger and view side by side in one snapshot, in one order,
-and holds a stream at a time, so its memory does not grow with the ledger. The digest of either side is over its
-rows in that order. Nothing here writes.
+the rules, and states again what the rows must be. It walks ledger and view side by side, in one order, and holds a
+stream at a time, so its memory does not grow with the ledger. Nothing here writes.
+
+It walks in slices, each in a snapshot of its own. In each a view is compared as it is then; what was found is said as
+of the first, at P: a stream that went on since has in the digests the rows that it had at P, if those of now are what
+the replay makes of it now, and what came after P is no part of them. The digest of either side is over its rows in
+the order of the walk, so it depends on the ledger up to P alone, and not on where the slices were cut.
 """
 
+import asyncio
 import hashlib
-import struct
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any, NamedTuple
+from time import monotonic
+from typing import Any
 from uuid import UUID
 
 from msgspec import Struct, field
 
-from ledger import approval, session, task
-from ledger.entry import Event, Recorded, canonical
-from ledger.events import FACTS, FactRecorded
+from ledger.entry import Recorded, canonical
 from ledger.postgres import Connection, Pool, queries
 from ledger.store import Stored
-from projections.projector import in_schema, view_of
-from projections.segments import COUNTED, EVERY, SPAN_BITS
-from projections.terms import common_term, event_terms, event_words, id_term, place_terms, term
+from ledger.values import Replayed
+from projections import VIEWS
+from projections.projector import view_of
+from projections.replay import DEFINITIONS, EVOLVE, Definition, Row, Table
+from projections.slices import Slice, groups, rows
 
 SQL = queries("projections", "verify")
 
 DRIFTS_MAX = 1000
 """How many differences are named for a project; all are counted."""
 
-READ_ROWS = 100
-"""At a time: of the largest events that is 100 MiB."""
+NAMED_MAX = 100
+"""Projects in which a view differs from a replay, that are named in a sum."""
 
-Row = tuple[Any, ...]
+SLICE_SECONDS = 3.0
+"""While a snapshot is held, nothing that changes meanwhile can be cleaned up, and the few rows that change with every
+batch (a ledger's size, where a view stands) take longer and longer to reach. One that was held for a minute, at 1,000
+commands/s, made commands wait twice as long; a replay of ten million events takes ten minutes."""
 
 
 class Setter(Struct, frozen=True):
@@ -56,15 +64,23 @@ class Drift(Struct, frozen=True, kw_only=True):
     replayed: str | None
     event: Setter | None
 
+    def __str__(self) -> str:
+        by = f"set by event {self.event.position} ({self.event.type} {self.event.event_id})" if self.event else ""
+        where = f"{self.table} [{self.key}]"
+        if self.field == "*":
+            return f"{where} {'is missing' if self.stored is None else 'is too many'}: {by or 'no event says so'}"
+        return f"{where} {self.field}: {self.stored!r}, a replay makes {self.replayed!r}, {by or 'no event says so'}"
+
 
 class Verdict(Struct, kw_only=True):
-    """What was found of one view in one project, as of `position`."""
+    """What was found of one view in one project, as of `position`; `schema` is the number of the build's schema."""
 
     view: str
     project_id: str
     ledger_id: UUID
     position: int
     code_version: str
+    schema: int
     rows: int = 0
     digest: str = ""
     replay_digest: str = ""
@@ -75,75 +91,136 @@ class Verdict(Struct, kw_only=True):
     def holds(self) -> bool:
         return not self.drifted and self.digest == self.replay_digest
 
-    def __str__(self) -> str:
+    @property
+    def statement(self) -> str:
+        """What this part of the view is, or is not."""
         return (
-            f"{self.view} of {self.project_id} is "
             f"{'' if self.holds else 'not '}replay(ledger {self.ledger_id}, position {self.position}, "
-            f"code {self.code_version}), digest {self.digest}"
+            f"code version {self.code_version}), digest {self.digest}"
         )
 
-
-class Table(NamedTuple):
-    """A table to be compared. The first `key` columns of a row say which it is, the very first what it is made of."""
-
-    name: str
-    key: int
+    def __str__(self) -> str:
+        return f"{self.view} of {self.project_id} is {self.statement}"
 
 
-class Definition(NamedTuple):
-    """What a view must have: its tables, the streams that its rows are made of (None: single events), and how."""
-
-    tables: tuple[Table, ...]
-    stream_type: str | None
-    rows: Callable[[int, Any], dict[str, list[Row]]]
-
-
-async def verify(pool: Pool, schema: str, project: str | None = None) -> AsyncIterator[Verdict]:
-    """Compare one build of a view with a replay, project by project; raises psycopg's errors."""
-    async with pool.connection() as connection:
-        values = {"schema": schema, "project": project}
-        places = await (await connection.execute(SQL.places, values)).fetchall()
-        for ledger_id, project_id in places:
-            verdict = None
-            while verdict is None:
-                async with connection.transaction():
-                    await connection.execute(SQL.snapshot)
-                    verdict = await _compare(connection, schema, ledger_id, project_id)
-            yield verdict
-
-
-async def _compare(connection: Connection, schema: str, ledger_id: UUID, project_id: str) -> Verdict | None:
-    """None where the view was switched meanwhile: names are looked up as they are now, not as in the snapshot."""
-    view = view_of(schema)
-    values = {"schema": schema, "view": view, "ledger_id": ledger_id}
-    place = await (await connection.execute(SQL.place, values)).fetchone()
-    skipped = {position for (position,) in await (await connection.execute(SQL.skips, values)).fetchall()}
-    verdict = Verdict(
-        view=view,
-        project_id=project_id,
-        ledger_id=ledger_id,
-        position=place[0] if place else 0,
+def summed_up(verdicts: Sequence[Verdict]) -> Replayed:
+    """What all of them say together, of one build of a view."""
+    heads, digests = hashlib.sha256(), hashlib.sha256()
+    for verdict in verdicts:
+        heads.update(f"{verdict.project_id} {verdict.ledger_id} {verdict.position}\n".encode())
+        digests.update(f"{verdict.project_id} {verdict.digest}\n".encode())
+    return Replayed(
         code_version=code_version(),
+        heads_digest=f"sha256:{heads.hexdigest()}",
+        digest=f"sha256:{digests.hexdigest()}",
+        rows=sum(verdict.rows for verdict in verdicts),
+        projects=len(verdicts),
+        drifted=sum(max(verdict.drifted, not verdict.holds) for verdict in verdicts),
+        drifted_projects=tuple(verdict.project_id for verdict in verdicts if not verdict.holds)[:NAMED_MAX],
     )
-    definition = DEFINITIONS[view]
-    tables = [_Compared(connection, ledger_id, schema, table, verdict) for table in definition.tables]
-    async for key, events in _groups(connection, ledger_id, definition, verdict.position):
-        history = _History(definition, events, skipped)
-        for table in tables:
-            await table.compare(key, history)
-        if history.failure:
-            _add(verdict, history.failure)
-    for table in tables:
-        await table.finish()
-    if place != await (await connection.execute(SQL.place, values)).fetchone():
+
+
+async def verify(pool: Pool, schema: str, project: str | None = None, *, rest: float = 0.0) -> AsyncGenerator[Verdict]:
+    """Compare one build of a view with a replay, project by project; raises psycopg's errors. One of another version
+    than this code has other rows than a replay by this code: of that nothing is said.
+
+    After each slice it rests for `rest` times as long as that took.
+    """
+    async with pool.connection() as connection:
+        version = VIEWS[view_of(schema)].VERSION
+        cursor = await connection.execute(SQL.places, {"schema": schema, "project": project, "version": version})
+        places = await cursor.fetchall()
+    for ledger_id, project_id in places:
+        comparison = _Comparison(schema, ledger_id, project_id)
+        while comparison.verdict is None:
+            began = monotonic()
+            try:
+                async with pool.connection() as connection, connection.transaction():
+                    await connection.execute(SQL.snapshot)
+                    await comparison.go_on(connection)
+            except _Moved:
+                comparison = _Comparison(schema, ledger_id, project_id)
+            took = monotonic() - began
+            if comparison.verdict is not None:
+                yield comparison.verdict
+            await asyncio.sleep(rest * took)
+
+
+class _Moved(Exception):
+    """The view was switched meanwhile, or begun anew: names are looked up as they are now, not as in the snapshot."""
+
+
+class _Comparison:
+    """One build of a view in one project, beside a replay. `verdict` is there after the last slice."""
+
+    def __init__(self, schema: str, ledger_id: UUID, project_id: str) -> None:
+        view = view_of(schema)
+        self.verdict: Verdict | None = None
+        self._schema = schema
+        self._names = {"schema": schema, "view": view, "ledger_id": ledger_id}
+        self._definition = DEFINITIONS[view]
+        self._found = Verdict(
+            view=view, project_id=project_id, ledger_id=ledger_id, position=-1, code_version=code_version(), schema=0
+        )
+        self._start: Any = UUID(int=0) if self._definition.stream_type else -(2**62)
+        self._last = UUID(int=0)
+        self._tables = [_Compared(table, self._found) for table in self._definition.tables]
+
+    async def go_on(self, connection: Connection) -> None:
+        """Compare the next slice, in the snapshot of the transaction that is open. Raises _Moved."""
+        found = self._found
+        position, number = await self._place(connection)
+        if found.position < 0:
+            found.position, found.schema = position, number
+            for (stream_id,) in await (await connection.execute(SQL.last, self._names)).fetchall():
+                self._last = stream_id
+        elif (number, True) != (found.schema, position >= found.position):
+            raise _Moved
+        goes_on_at = await self._compare(connection, position)
+        if (await self._place(connection))[1] != number:
+            raise _Moved
+        if goes_on_at is not None:
+            self._start = goes_on_at
+            return
+        found.digest = _joined(table.stored_digest for table in self._tables)
+        found.replay_digest = _joined(table.replay_digest for table in self._tables)
+        self.verdict = found
+
+    async def _place(self, connection: Connection) -> tuple[int, int]:
+        row = await (await connection.execute(SQL.place, self._names)).fetchone()
+        return (row[0], row[1]) if row else (0, 0)
+
+    async def _compare(self, connection: Connection, reached: int) -> Any:
+        """Compare from where the last slice ended. Answers where this one did, or None at the end."""
+        skips = await (await connection.execute(SQL.skips, self._names)).fetchall()
+        skipped = {position for (position,) in skips}
+        found, definition = self._found, self._definition
+        until = 0.0
+        part = Slice(found.ledger_id, self._start, found.position, reached, self._last)
+        async with AsyncExitStack() as cursors:
+            for table in self._tables:
+                stored = rows(connection, self._schema, table.name, part)
+                table.begin(await cursors.enter_async_context(aclosing(stored)))
+            replayed = groups(connection, definition.stream_type, part)
+            async for key, events in await cursors.enter_async_context(aclosing(replayed)):
+                if until and monotonic() > until:
+                    for table in self._tables:
+                        await table.come_to(key)
+                    return key
+                history = _History(definition, events, skipped, found.position)
+                for table in self._tables:
+                    await table.compare(key, history)
+                if history.failure:
+                    _add(found, history.failure)
+                until = until or monotonic() + SLICE_SECONDS  # from the first on, which has waited for sorting
+            for table in self._tables:
+                await table.come_to(None)
         return None
-    verdict.digest = _joined(table.stored_digest for table in tables)
-    verdict.replay_digest = _joined(table.replay_digest for table in tables)
-    return verdict
 
 
 def _joined(digests: Iterator[Any]) -> str:
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+    joined = hashlib.sha256(b"".join(digest.digest() for digest in digests))
+    return f"sha256:{joined.hexdigest()}"
 
 
 @cache
@@ -160,30 +237,10 @@ def code_version() -> str:
 # The replay
 
 
-async def _groups(
-    connection: Connection, ledger_id: UUID, definition: Definition, position: int
-) -> AsyncIterator[tuple[Any, list[Stored]]]:
-    """What rows are made of, in order: the events of each stream, or each event."""
-    types = [name for name, fact in FACTS.items() if fact.stream_type == definition.stream_type]
-    query = SQL.events if definition.stream_type is None else SQL.streams
-    key, events = None, list[Stored]()
-    async with connection.cursor("replayed") as cursor:
-        cursor.itersize = READ_ROWS
-        await cursor.execute(query, {"ledger_id": ledger_id, "types": types, "position": position}, binary=True)
-        async for begins, *row in cursor:
-            if begins != key and events:
-                yield key, events
-                events = []
-            key = begins
-            events.append(Stored(*row))
-    if events:
-        yield key, events
-
-
 class _History:
-    """The events of one group, and the rows that a view must have after each of them."""
+    """The events of one group, the `rows` that a view must have after them, and those that it had at `position`."""
 
-    def __init__(self, definition: Definition, stored: list[Stored], skipped: set[int]) -> None:
+    def __init__(self, definition: Definition, stored: list[Stored], skipped: set[int], position: int) -> None:
         self._definition = definition
         self._events: list[Recorded] = []
         self.failure: Drift | None = None
@@ -192,7 +249,7 @@ class _History:
         for row in stored:
             try:
                 recorded = row.decode()
-                state = evolve(state, recorded.event) if evolve else recorded.event
+                state = evolve(state, recorded) if evolve else recorded.event
             except Exception as error:  # noqa: BLE001  (whatever it is, the view cannot have passed it either)
                 if row.position not in skipped:
                     said = f"{type(error).__name__}: {error}"
@@ -203,7 +260,17 @@ class _History:
                     break
             else:
                 self._events.append(recorded)
-        self.rows = self._rows(state)
+        self.rows = self.rows_before = self._rows(state)
+        if self._events and self._events[-1].position > position:
+            self._then(position)
+
+    def _then(self, position: int) -> None:
+        state: Any = None
+        evolve = EVOLVE[self._definition.stream_type or ""]
+        events = [recorded for recorded in self._events if recorded.position <= position]
+        for recorded in events:
+            state = evolve(state, recorded)
+        self.rows_before = self._rows(state) if events else {}
 
     def _rows(self, state: Any) -> dict[str, list[Row]]:
         return self._definition.rows(self._events[0].position, state) if self._events else {}
@@ -213,8 +280,9 @@ class _History:
         state: Any = None
         evolve = EVOLVE.get(self._definition.stream_type or "")
         before, setter = None, None
-        for position, event in self._events:
-            state = evolve(state, event) if evolve else event
+        for recorded in self._events:
+            position, event = recorded
+            state = evolve(state, recorded) if evolve else event
             rows = [row for row in self._rows(state).get(table.name, []) if row[: table.key] == key]
             value = (rows[0][column] if column is not None else "there",) if rows else None
             if value is not None and value != before:
@@ -229,50 +297,66 @@ class _History:
 class _Compared:
     """One table of the view beside what it must be, both in the order of the groups."""
 
-    def __init__(self, connection: Connection, ledger_id: UUID, schema: str, table: Table, verdict: Verdict) -> None:
+    def __init__(self, table: Table, verdict: Verdict) -> None:
+        self.name = table.name
+        self.stored_digest, self.replay_digest = hashlib.sha256(), hashlib.sha256()
         self._table = table
         self._verdict = verdict
-        self._rows = _stored(connection, ledger_id, schema, table)
-        self._ahead: Row | None = None
-        self._columns: Sequence[str] = ()
-        self.stored_digest, self.replay_digest = hashlib.sha256(), hashlib.sha256()
+        self._rows: AsyncIterator[tuple[Sequence[str], Row]]
+        self._ahead: tuple[Sequence[str], Row] | None = None
+
+    def begin(self, rows: AsyncIterator[tuple[Sequence[str], Row]]) -> None:
+        """Go on with these, those of the next slice."""
+        self._rows, self._ahead = rows, None
 
     async def compare(self, group: Any, history: _History) -> None:
-        """Compare the rows of one group; what the view has before it should not be there."""
-        expected = sorted(history.rows.get(self._table.name, []))
-        for row in expected:
+        """Compare the rows of one group."""
+        await self.come_to(group)
+        there = [found async for found in self._while(lambda key: key == group)]
+        stored, should_be = [row for _, row in there], sorted(history.rows.get(self.name, []))
+        before = should_be if history.rows_before is history.rows else sorted(history.rows_before.get(self.name, []))
+        if stored == should_be:
+            stored = before
+        else:
+            self._name(there, should_be, history)
+        for row in before:
             self.replay_digest.update(canonical(row))
-        missing = {row[: self._table.key]: row for row in expected}
-        async for columns, row in self._upto(group):
+        self._has(stored)
+
+    async def come_to(self, group: Any) -> None:
+        """What the view has before a group, or still has at the end, should not be there."""
+        async for _, row in self._while(lambda key: group is None or key < group):
+            self._differs(row, "*", row, None, None)
+            self._has([row])
+
+    async def _while(self, holds: Callable[[Any], bool]) -> AsyncIterator[tuple[Sequence[str], Row]]:
+        while True:
+            found = self._ahead or await anext(self._rows, None)
+            if found is None or not holds(found[1][0]):
+                self._ahead = found
+                return
+            self._ahead = None
+            yield found
+
+    def _has(self, rows: Sequence[Row]) -> None:
+        self._verdict.rows += len(rows)
+        for row in rows:
+            self.stored_digest.update(canonical(row))
+
+    def _name(self, there: Sequence[tuple[Sequence[str], Row]], should_be: Sequence[Row], history: _History) -> None:
+        """Say in what the rows of a group are not what they should be."""
+        missing = {row[: self._table.key]: row for row in should_be}
+        for columns, row in there:
             should = missing.pop(row[: self._table.key], None)
             if should is None:
                 self._differs(row, "*", row, None, None)
-            elif row != should:
-                for n, name in enumerate(columns):
-                    if row[n] != should[n]:
-                        setter = history.set_by(self._table, row[: self._table.key], n)
-                        self._differs(row, name, row[n], should[n], setter)
+                continue
+            for n, column in enumerate(columns):
+                if row[n] != should[n]:
+                    setter = history.set_by(self._table, row[: self._table.key], n)
+                    self._differs(row, column, row[n], should[n], setter)
         for row in missing.values():
             self._differs(row, "*", None, row, history.set_by(self._table, row[: self._table.key], None))
-
-    async def finish(self) -> None:
-        """What is left in the view should not be there."""
-        async for _, row in self._upto(None):
-            self._differs(row, "*", row, None, None)
-
-    async def _upto(self, group: Any) -> AsyncIterator[tuple[Sequence[str], Row]]:
-        while True:
-            if self._ahead is None:
-                found = await anext(self._rows, None)
-                if found is None:
-                    return
-                self._columns, self._ahead = found
-            if group is not None and self._ahead[0] > group:
-                return
-            row, self._ahead = self._ahead, None
-            self._verdict.rows += 1
-            self.stored_digest.update(canonical(row))
-            yield self._columns, row
 
     def _differs(self, row: Row, name: str, stored: Any, replayed: Any, event: Setter | None) -> None:
         drift = Drift(
@@ -298,114 +382,3 @@ def _shown(value: Any) -> str | None:
     if isinstance(value, tuple):
         return ", ".join(_shown(one) or "null" for one in value)
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-async def _stored(
-    connection: Connection, ledger_id: UUID, schema: str, table: Table
-) -> AsyncIterator[tuple[Sequence[str], Row]]:
-    """The rows of a table, with the names of its columns."""
-    sql = getattr(SQL, table.name)
-    if table.name == "segments":
-        sql = sql.replace(b"audit.segments", b"%b.segments" % view_of(schema).encode())
-    async with connection.cursor(f"stored_{table.name}") as cursor:
-        cursor.itersize = READ_ROWS
-        await cursor.execute(in_schema(sql, schema), {"ledger_id": ledger_id}, binary=True)
-        columns = [column.name for column in cursor.description or ()]
-        async for row in cursor:
-            if table.name == "segments":
-                for said in _of_segment(*row):
-                    yield ("position", "recorded_at", "terms"), said
-            else:
-                yield columns, tuple(tuple(value) if isinstance(value, list) else value for value in row)
-
-
-def _of_segment(first: int, recorded_ats: list[str], vector: bytes) -> Iterator[Row]:
-    """What a segment says of each event that has terms: `tsvectorsend` gives each lexeme up to a NUL, the number of
-    its places, and these, with a weight in the upper two bits. Those without a place are the whole segment's."""
-    everywhere: list[str] = []
-    terms: dict[int, list[str]] = defaultdict(list)
-    at = 4
-    while at < len(vector):
-        end = vector.index(b"\0", at)
-        name = vector[at:end].decode("utf-8", "replace")
-        (count,) = struct.unpack_from(">H", vector, end + 1)
-        if not count:
-            everywhere.append(name)
-        for place in struct.unpack_from(f">{count}H", vector, end + 3):
-            terms[place & 0x3FFF].append(name + ("", "C", "B", "A")[place >> 14])
-        at = end + 3 + 2 * count
-    times = dict(enumerate(recorded_ats, 1))
-    for place in sorted(terms):
-        yield first + place - 1, times.get(place), tuple(sorted(terms[place] + everywhere))
-
-
-# What the rows must be
-
-
-def _column(text: str | None) -> str | None:
-    """As much of a text as a column can hold; the state has all of it."""
-    return None if text is None else text.replace("\0", "\ufffd")[:255]
-
-
-def _session_rows(position: int, state: session.Session) -> dict[str, list[Row]]:
-    s, role = state, _column(state.agent_role)
-    labels = {(_column(key), _column(value)) for key, value in s.labels.items()}
-    return {
-        "sessions": [(s.session_id, position, s.opened_at, s.expires_at, s.state, role, canonical(s))],
-        "labels": [(s.session_id, key, value, s.opened_at, position, s.state, role) for key, value in labels],
-    }
-
-
-def _task_rows(position: int, state: task.Task) -> dict[str, list[Row]]:
-    t = state
-    row = t.task_id, position, t.submitted_at, _column(t.kind), t.state, t.session_id, _column(t.worker), canonical(t)
-    return {"tasks": [row]}
-
-
-def _approval_rows(position: int, state: approval.Approval) -> dict[str, list[Row]]:
-    a, due = state, approval.next_due(state)
-    row = (
-        *(a.approval_id, position, a.state, a.session_id, a.task_id, _column(a.action["tool"])),
-        *(("critical", "high", "medium", "low").index(a.risk), tuple(map(_column, a.quorum.roles))),
-        *(_column(a.requester.issuer), _column(a.requester.sub)),
-        *(a.expires_at, due.deadline if due else None, canonical(a)),
-    )
-    return {"approvals": [row]}
-
-
-def _audit_rows(position: int, event: Event[Any]) -> dict[str, list[Row]]:
-    return _indexed(position, event, {*event_words(event), *event_terms(event), *place_terms(event)})
-
-
-def _record_rows(position: int, event: Event[Any]) -> dict[str, list[Row]]:
-    fact = event.data
-    if not isinstance(fact, FactRecorded):
-        return {}
-    named = {"status": fact.status, "external": event.external_id}
-    ids = {"task": fact.task_id, "approval": fact.approval_id, "parent": fact.parent_record_id}
-    terms = {*event_terms(event), common_term("kind", fact.kind)}
-    terms |= {term(kind, value) for kind, value in named.items() if value is not None}
-    terms |= {id_term(kind, value) for kind, value in ids.items() if value is not None}
-    return _indexed(position, event, terms)
-
-
-def _indexed(position: int, event: Event[Any], terms: set[bytes]) -> dict[str, list[Row]]:
-    ledger = f"^{event.ledger.hex[-12:]}"
-    spans = [ledger, *(f"{ledger}{bits}/{position >> bits:x}" for bits in SPAN_BITS)]
-    counted = {f"{name.decode()}{'B' if name.startswith(COUNTED) else ''}" for name in {*terms, EVERY}}
-    return {"segments": [(position, event.recorded_at, tuple(sorted([*spans, *counted])))]}
-
-
-EVOLVE: dict[str, Callable[[Any, Event[Any]], Any]] = {
-    "session": session.evolve,
-    "task": task.evolve,
-    "approval": approval.evolve,
-}
-
-DEFINITIONS = {
-    "sessions": Definition((Table("sessions", 1), Table("labels", 3)), "session", _session_rows),
-    "tasks": Definition((Table("tasks", 1),), "task", _task_rows),
-    "approvals": Definition((Table("approvals", 1),), "approval", _approval_rows),
-    "records": Definition((Table("segments", 1),), None, _record_rows),
-    "audit": Definition((Table("segments", 1),), None, _audit_rows),
-}

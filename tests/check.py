@@ -5,6 +5,7 @@ Called at the end of store and API tests. It trusts nothing but the stored bytes
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -149,43 +150,67 @@ def _check_views(connection: psycopg.Connection[Any], ledger_id: UUID, history: 
         assert sorted(stored) == sorted(rows(seen)), f"{view} is what a replay makes of it"
 
 
-def _made(seen: list[Recorded], type_: type[S]) -> Iterator[tuple[int, S]]:
-    """The states of one kind, each with the position of its stream's first event."""
-    begun = {event.stream_id: position for position, event in seen if event.stream_version == 1}
-    for stream_id, state in states(seen).items():
-        if isinstance(state, type_):
-            yield begun[stream_id], state
+def _made(seen: list[Recorded], type_: type[S]) -> Iterator[tuple[int, int, S]]:
+    """The states of one kind, each with the position of its stream's first event, and that of the one by which what it
+    calls its state came to be."""
+    for turns, state in _turns(seen, type_):
+        yield turns[0][0], turns[-1][0], state
+
+
+def _turns(seen: list[Recorded], type_: type[S]) -> Iterator[tuple[list[tuple[int, str]], S]]:
+    """When each thing of one kind came to what it calls its state, every time that this became another."""
+    for stream in _streams(seen).values():
+        rules = RULES.get(stream[0].event.stream_type)
+        if rules is None or rules[1] is not type_:
+            continue
+        turns: list[tuple[int, str]] = []
+        state: Any = None
+        for position, event in stream:
+            state = rules[0].evolve(state, event)
+            if not turns or turns[-1][1] != state.state:
+                turns.append((position, state.state))
+        yield turns, state
+
+
+def _spans(type_: type[Any]) -> Callable[[list[Recorded]], Iterator[Row]]:
+    def rows(seen: list[Recorded]) -> Iterator[Row]:
+        for turns, state in _turns(seen, type_):
+            stream_id = getattr(state, f"{type_.__name__.lower()}_id")
+            for (since, was), (until, _) in pairwise(turns):
+                yield stream_id, since, until, turns[0][0], len(f"{until - turns[0][0]:b}") - 1, was
+
+    return rows
 
 
 def _session_rows(seen: list[Recorded]) -> Iterator[Row]:
-    for position, s in _made(seen, Session):
+    for position, since, s in _made(seen, Session):
         times = moment(s.opened_at), moment(s.expires_at)
-        yield s.session_id, position, *times, s.state, _column(s.agent_role), canonical(s)
+        yield s.session_id, position, *times, s.state, since, _column(s.agent_role), canonical(s)
 
 
 def _label_rows(seen: list[Recorded]) -> Iterator[Row]:
     rows = {
         (s.session_id, _column(key), _column(value), moment(s.opened_at), position, s.state, _column(s.agent_role))
-        for position, s in _made(seen, Session)
+        for position, _, s in _made(seen, Session)
         for key, value in s.labels.items()
     }
     yield from rows
 
 
 def _task_rows(seen: list[Recorded]) -> Iterator[Row]:
-    for position, t in _made(seen, Task):
+    for position, since, t in _made(seen, Task):
         worker = None if t.worker is None else _column(t.worker)
         yield (
             *(t.task_id, position, moment(t.submitted_at)),
-            *(_column(t.kind), t.state, t.session_id, worker, canonical(t)),
+            *(_column(t.kind), t.state, since, t.session_id, worker, canonical(t)),
         )
 
 
 def _approval_rows(seen: list[Recorded]) -> Iterator[Row]:
-    for position, a in _made(seen, Approval):
+    for position, since, a in _made(seen, Approval):
         next_due = due(a, "9999-12-31T23:59:59.999999Z")
         yield (
-            *(a.approval_id, position, a.state, a.session_id, a.task_id, _column(a.action["tool"])),
+            *(a.approval_id, position, a.state, since, a.session_id, a.task_id, _column(a.action["tool"])),
             *(["critical", "high", "medium", "low"].index(a.risk), [_column(role) for role in a.quorum.roles]),
             *(_column(a.requester.issuer), _column(a.requester.sub), moment(a.expires_at)),
             *(moment(next_due.deadline) if next_due else None, canonical(a)),
@@ -203,9 +228,11 @@ def _positions(event_type: str | None = None) -> Callable[[list[Recorded]], Iter
 _SEGMENTS = """SELECT first + place - 1 FROM {view}.segments, unnest(terms) AS u (term, places, weights),
     unnest(places) AS place WHERE term = '*' AND ledger_id = %(ledger_id)s"""
 
+_SPANS = """SELECT stream_id, since, until, position, class, state FROM {view}.spans WHERE ledger_id = %(ledger_id)s"""
+
 ROWS: dict[str, tuple[str, Callable[[list[Recorded]], Iterator[Row]]]] = {
     "sessions": (
-        """SELECT session_id, position, opened_at, expires_at, state, agent_role, session
+        """SELECT session_id, position, opened_at, expires_at, state, state_since, agent_role, session
            FROM sessions.sessions WHERE ledger_id = %(ledger_id)s""",
         _session_rows,
     ),
@@ -215,16 +242,19 @@ ROWS: dict[str, tuple[str, Callable[[list[Recorded]], Iterator[Row]]]] = {
         _label_rows,
     ),
     "tasks": (
-        """SELECT task_id, position, submitted_at, kind, state, session_id, worker, task
+        """SELECT task_id, position, submitted_at, kind, state, state_since, session_id, worker, task
            FROM tasks.tasks WHERE ledger_id = %(ledger_id)s""",
         _task_rows,
     ),
     "approvals": (
-        """SELECT approval_id, position, state, session_id, task_id, tool, risk, roles, requester_issuer,
-                  requester_sub, expires_at, due_at, approval
+        """SELECT approval_id, position, state, state_since, session_id, task_id, tool, risk, roles,
+                  requester_issuer, requester_sub, expires_at, due_at, approval
            FROM approvals.approvals WHERE ledger_id = %(ledger_id)s""",
         _approval_rows,
     ),
+    "sessions.spans": (_SPANS.format(view="sessions"), _spans(Session)),
+    "tasks.spans": (_SPANS.format(view="tasks"), _spans(Task)),
+    "approvals.spans": (_SPANS.format(view="approvals"), _spans(Approval)),
     "records": (_SEGMENTS.format(view="records"), _positions("FactRecorded")),
     "audit": (_SEGMENTS.format(view="audit"), _positions()),
 }

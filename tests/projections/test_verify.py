@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from uuid_utils.compat import uuid7
 
-from ledger.events import FactRecorded, SessionActivated, SessionAnnotated
+from ledger.events import ApprovalDenied, FactRecorded, SessionActivated, SessionAnnotated, TaskCancelled
 from ledger.postgres import Pool
 from projections import VIEWS, Projector, projector
 from projections.verify import Verdict, verify
@@ -41,7 +41,7 @@ async def test_every_view_of_every_project_is_a_replay_however_it_was_cut_into_b
             assert (verdict.project_id, verdict.position) == (history.project_id, 710)
             assert str(verdict) == (
                 f"{view} of {history.project_id} is replay(ledger {history.ledger_id}, position 710, "
-                f"code {verdict.code_version}), digest {verdict.digest}"
+                f"code version {verdict.code_version}), digest {verdict.digest}"
             )
         assert one.digest != other.digest
         assert await verdicts(pool, view, "other") == [other]
@@ -55,8 +55,8 @@ async def test_the_digest_is_of_what_the_view_says_and_not_of_how_it_came_to_be(
     at_once = {view: await verdicts(pool, view) for view in VIEWS}
     async with await psycopg.AsyncConnection.connect(database.owner, autocommit=True) as owner:
         await owner.execute(
-            "TRUNCATE sessions.sessions, sessions.labels, tasks.tasks, approvals.approvals, records.segments,"
-            " audit.segments, projections.positions"
+            "TRUNCATE sessions.sessions, sessions.labels, sessions.spans, tasks.tasks, tasks.spans,"
+            " approvals.approvals, approvals.spans, records.segments, audit.segments, projections.positions"
         )
     monkeypatch.setattr(projector, "BATCH_EVENTS_MAX", 9)
     await project_all(Projector(pool, VIEWS), history)
@@ -97,6 +97,13 @@ async def test_a_value_that_was_changed_behind_its_back_is_named_with_the_event_
         ("sessions", "UPDATE sessions.labels SET value = 'x'", {("labels", "*", False), ("labels", "*", True)}),
         ("sessions", "UPDATE sessions.sessions SET expires_at = 'infinity'", {("sessions", "expires_at", True)}),
         ("sessions", "UPDATE sessions.sessions SET session = session || ' '", {("sessions", "session", True)}),
+        ("sessions", "UPDATE sessions.sessions SET state_since = 7", {("sessions", "state_since", True)}),
+        ("sessions", "DELETE FROM sessions.spans", {("spans", "*", True)}),
+        ("sessions", "UPDATE sessions.spans SET until = until + 1", {("spans", "until", True)}),
+        ("sessions", "UPDATE sessions.spans SET class = class + 1", {("spans", "class", True)}),
+        ("sessions", "UPDATE sessions.spans SET since = 0", {("spans", "*", False), ("spans", "*", True)}),
+        ("tasks", "UPDATE tasks.spans SET state = 'dead'", {("spans", "state", True)}),
+        ("approvals", "UPDATE approvals.spans SET position = 1", {("spans", "position", True)}),
         ("tasks", "DELETE FROM tasks.tasks", {("tasks", "*", True)}),
         ("tasks", "UPDATE tasks.tasks SET worker = 'someone'", {("tasks", "worker", True)}),
         ("tasks", "UPDATE tasks.tasks SET task_id = gen_random_uuid()", {("tasks", "*", False), ("tasks", "*", True)}),
@@ -129,9 +136,12 @@ async def test_whatever_is_changed_is_noticed(
     view: str, statement: str, found: set[tuple[str, str, bool]], pool: Pool, database: Database, history: History
 ) -> None:
     session_id = history.open(labels={"team": "red"})
-    history.submit(session_id=session_id)
-    history.ask(session_id=session_id)
+    task_id = history.submit(session_id=session_id)
+    approval_id = history.ask(session_id=session_id)
     history.add(FactRecorded(kind="note"), session_id=session_id)
+    history.add(SessionActivated(), session_id)
+    history.add(TaskCancelled(), task_id)
+    history.add(ApprovalDenied(), approval_id)
     await project_all(Projector(pool, VIEWS), history)
     assert [verdict.holds for verdict in await verdicts(pool, view)] == [True]
     await change(database, statement)
