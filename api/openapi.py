@@ -19,7 +19,7 @@ from api.problems import Problem
 from api.resources import BESIDE, HIDDEN
 from ledger.commands import Command, CommandId
 from ledger.errors import InternalError, MunimentError
-from ledger.values import Count
+from ledger.values import Count, Line
 
 Json = dict[str, Any]
 
@@ -39,12 +39,19 @@ _HEADERS: dict[str, tuple[str, Json]] = {
     "Location": ("Where the created thing is.", _TEXT),
     "Idempotent-Replayed": ("`true` when this command was answered before, and this is that answer.", _TEXT),
     "View-Behind": ("How many events the view has yet to take in; absent when none.", _NUMBER),
+    "View-State": (
+        (
+            "`parked`: the view stands before an event that it cannot take, and shows nothing after it. `drifted`: "
+            "some of what it shows is not what a replay of the ledger makes. Absent where it does well."
+        ),
+        {"type": "string", "enum": ["parked", "drifted"]},
+    ),
     "Link": ('The next page (RFC 8288, `rel="next"`), where the body has no place for it.', _TEXT),
     "Retry-After": ("Seconds to wait before asking again.", _NUMBER),
     "WWW-Authenticate": ("`Bearer`.", _TEXT),
     "Allow": ("The methods that are possible here.", _TEXT),
 }
-_PATH_TYPES: dict[str, Any] = {"command_id": CommandId, "position": Count}
+_PATH_TYPES: dict[str, Any] = {"command_id": CommandId, "position": Count, "view": Line}
 
 
 def document(handlers: Sequence[HTTPRouteHandler]) -> Json:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from ledger import approval, record, session, task
+from ledger import approval, record, session, task, view
 from ledger.commands import ClaimTasks, Command
 from ledger.entry import Event, canonical, encode, leaf_hash
 from ledger.errors import (
@@ -31,6 +31,7 @@ from ledger.errors import (
 )
 from ledger.events import CommandRefused, Fact
 from ledger.known import Known, NotLoaded, Offer, Queue, offer
+from ledger.operations import OPERATORS, may_be_of_a_view
 from ledger.pending import Pending, Verdict
 from ledger.queue import On, RefusedOnRecord, Rules, Same
 from ledger.reactions import REACTIONS
@@ -44,6 +45,7 @@ RULES: dict[str, tuple[Rules, type[Any]]] = {
     "record": (record, record.RecordedFact),
     "task": (task, task.Task),
     "approval": (approval, approval.Approval),
+    "view": (view, view.View),
 }
 """By stream type: its rules, and the state they work on."""
 
@@ -222,6 +224,10 @@ class Batch:
         if state is not None and not isinstance(state, RULES[command.stream_type][1]):
             taken = AlreadyExists if command.creates else NotFound
             raise taken(what=command.stream_type, id=pending.target)
+        if self.project_id == OPERATORS:
+            begun = pending.target if command.creates else getattr(command, "new_approval_id", None)
+            if isinstance(begun, UUID) and may_be_of_a_view(begun):
+                raise AlreadyExists(what=command.stream_type, id=begun)
         if pending.expected_version is not None:
             if state is None and not command.creates:
                 raise NotFound(what=command.stream_type, id=pending.target)

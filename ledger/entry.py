@@ -13,12 +13,16 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
+from ledger import view_events  # noqa: F401  (what it defines are facts too)
 from ledger.errors import UpgradeRequired
-from ledger.events import FACTS, Fact
+from ledger.events import Fact
 from ledger.values import Actor, Ref, Stamp
 
 ENTRY_BYTES_MAX = 60 * 1024
 """A larger event keeps its `data` beside the entry, which then carries its digest and length."""
+
+FACTS: dict[str, type[Fact]] = {cls.__name__: cls for cls in Fact.__subclasses__()}
+"""Every fact, by the type of its event."""
 
 F = TypeVar("F")
 

@@ -1,4 +1,4 @@
-"""Every fact that can ever be recorded.
+"""Every fact that can ever be recorded, but those about views (view_events.py).
 
 A fact is the `data` of one event (`entry.py` has the envelope and the bytes). New fields are added with
 defaults; a field is never renamed and never changes its meaning, for what was recorded is read for ever.
@@ -367,6 +367,3 @@ class CommandRefused(Fact, frozen=True):
     params: Json
     attempted: Any
     target: UUID | None = None
-
-
-FACTS: dict[str, type[Fact]] = {cls.__name__: cls for cls in Fact.__subclasses__()}

@@ -24,6 +24,9 @@ OPEN_ITEMS_MAX = 1000
 class World(Protocol):
     """What a rule may see. The same for every command of a batch, but for what those before it did."""
 
+    project_id: str
+    """Whose ledger this is."""
+
     @property
     def now(self) -> Stamp:
         """The recorded_at of what is decided now: never decreasing within a ledger."""

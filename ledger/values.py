@@ -151,3 +151,23 @@ class Voter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     issuer: Line
     sub: Line
     evidence: UUID | None = None
+
+
+Asked = Literal["rebuild", "rollback", "verify", "retry", "skip"]
+"""What operators ask of a view."""
+
+
+class Replayed(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a view was compared with: a replay of ledgers that had these heads, by that code.
+
+    `heads_digest` and `digest` are over all of them: each one's project, ledger and position, and each one's digest.
+    `projects` says how many they were, where that was counted; `drifted` in how many values the view differed.
+    """
+
+    code_version: str
+    heads_digest: str
+    digest: str
+    rows: int
+    projects: int | None = None
+    drifted: int = 0
+    drifted_projects: tuple[str, ...] = ()

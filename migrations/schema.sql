@@ -68,9 +68,26 @@ CREATE TABLE approvals.approvals (
     requester_sub text NOT NULL,
     expires_at timestamp with time zone NOT NULL,
     due_at timestamp with time zone,
-    approval bytea NOT NULL
+    approval bytea NOT NULL,
+    state_since bigint
 )
 WITH (fillfactor='50');
+ALTER TABLE ONLY approvals.approvals ALTER COLUMN state SET (n_distinct=10);
+ALTER TABLE ONLY approvals.approvals ALTER COLUMN session_id SET (n_distinct=-0.1);
+ALTER TABLE ONLY approvals.approvals ALTER COLUMN task_id SET (n_distinct=-0.1);
+ALTER TABLE ONLY approvals.approvals ALTER COLUMN tool SET (n_distinct=1000);
+ALTER TABLE ONLY approvals.approvals ALTER COLUMN risk SET (n_distinct=4);
+ALTER TABLE ONLY approvals.approvals ALTER COLUMN requester_sub SET (n_distinct=1000);
+
+CREATE TABLE approvals.spans (
+    ledger_id uuid NOT NULL,
+    stream_id uuid NOT NULL,
+    since bigint NOT NULL,
+    until bigint NOT NULL,
+    "position" bigint NOT NULL,
+    class smallint NOT NULL,
+    state text NOT NULL
+);
 
 CREATE TABLE audit.segments (
     ledger_id uuid NOT NULL,
@@ -194,7 +211,8 @@ CREATE TABLE muniment.deployment (
 CREATE TABLE muniment.migrations (
     name text NOT NULL,
     sha256 bytea NOT NULL,
-    applied_at timestamp with time zone DEFAULT now() NOT NULL
+    applied_at timestamp with time zone DEFAULT now() NOT NULL,
+    phase text DEFAULT 'before'::text NOT NULL
 );
 
 CREATE TABLE projections.leases (
@@ -229,8 +247,11 @@ CREATE TABLE projections.rebuilds (
     heads_digest text,
     rows_compared bigint,
     digest text,
+    request bigint,
     CONSTRAINT rebuilds_state_check CHECK ((state = ANY (ARRAY['filling'::text, 'comparing'::text, 'switched'::text, 'rolled_back'::text, 'cancelled'::text, 'failed'::text])))
 );
+
+COMMENT ON COLUMN projections.rebuilds.request IS 'The version of the view, in the operators'' ledger, at which was asked for what made this state; null: nobody asked there.';
 
 CREATE TABLE projections.skips (
     view text NOT NULL,
@@ -239,6 +260,26 @@ CREATE TABLE projections.skips (
     asked_by text NOT NULL,
     reason text NOT NULL,
     asked_at timestamp with time zone DEFAULT now() NOT NULL
+);
+
+CREATE TABLE projections.verdicts (
+    view text NOT NULL,
+    ledger_id uuid NOT NULL,
+    schema bigint NOT NULL,
+    "position" bigint NOT NULL,
+    code_version text NOT NULL,
+    row_count bigint NOT NULL,
+    digest text NOT NULL,
+    replay_digest text NOT NULL,
+    drifted bigint NOT NULL,
+    drifts jsonb NOT NULL,
+    verified_at timestamp with time zone NOT NULL,
+    seconds double precision NOT NULL
+);
+
+CREATE TABLE projections.versions (
+    view text NOT NULL,
+    version bigint NOT NULL
 );
 
 CREATE TABLE records.segments (
@@ -268,9 +309,32 @@ CREATE TABLE sessions.sessions (
     expires_at timestamp with time zone NOT NULL,
     state text NOT NULL,
     agent_role text NOT NULL,
-    session bytea NOT NULL
+    session bytea NOT NULL,
+    state_since bigint
 )
 WITH (fillfactor='50');
+ALTER TABLE ONLY sessions.sessions ALTER COLUMN state SET (n_distinct=10);
+ALTER TABLE ONLY sessions.sessions ALTER COLUMN agent_role SET (n_distinct=1000);
+
+CREATE TABLE sessions.spans (
+    ledger_id uuid NOT NULL,
+    stream_id uuid NOT NULL,
+    since bigint NOT NULL,
+    until bigint NOT NULL,
+    "position" bigint NOT NULL,
+    class smallint NOT NULL,
+    state text NOT NULL
+);
+
+CREATE TABLE tasks.spans (
+    ledger_id uuid NOT NULL,
+    stream_id uuid NOT NULL,
+    since bigint NOT NULL,
+    until bigint NOT NULL,
+    "position" bigint NOT NULL,
+    class smallint NOT NULL,
+    state text NOT NULL
+);
 
 CREATE TABLE tasks.tasks (
     ledger_id uuid NOT NULL,
@@ -281,11 +345,19 @@ CREATE TABLE tasks.tasks (
     state text NOT NULL,
     session_id uuid,
     worker text,
-    task bytea NOT NULL
+    task bytea NOT NULL,
+    state_since bigint
 );
+ALTER TABLE ONLY tasks.tasks ALTER COLUMN kind SET (n_distinct=1000);
+ALTER TABLE ONLY tasks.tasks ALTER COLUMN state SET (n_distinct=10);
+ALTER TABLE ONLY tasks.tasks ALTER COLUMN session_id SET (n_distinct=-0.1);
+ALTER TABLE ONLY tasks.tasks ALTER COLUMN worker SET (n_distinct=1000);
 
 ALTER TABLE ONLY approvals.approvals
     ADD CONSTRAINT approvals_pkey PRIMARY KEY (ledger_id, approval_id);
+
+ALTER TABLE ONLY approvals.spans
+    ADD CONSTRAINT spans_pkey PRIMARY KEY (ledger_id, stream_id, since);
 
 ALTER TABLE ONLY audit.segments
     ADD CONSTRAINT segments_pkey PRIMARY KEY (ledger_id, first);
@@ -338,6 +410,12 @@ ALTER TABLE ONLY projections.rebuilds
 ALTER TABLE ONLY projections.skips
     ADD CONSTRAINT skips_pkey PRIMARY KEY (view, ledger_id, "position");
 
+ALTER TABLE ONLY projections.verdicts
+    ADD CONSTRAINT verdicts_pkey PRIMARY KEY (view, ledger_id, schema);
+
+ALTER TABLE ONLY projections.versions
+    ADD CONSTRAINT versions_pkey PRIMARY KEY (view);
+
 ALTER TABLE ONLY records.segments
     ADD CONSTRAINT segments_pkey PRIMARY KEY (ledger_id, first);
 
@@ -346,6 +424,12 @@ ALTER TABLE ONLY sessions.labels
 
 ALTER TABLE ONLY sessions.sessions
     ADD CONSTRAINT sessions_pkey PRIMARY KEY (ledger_id, session_id);
+
+ALTER TABLE ONLY sessions.spans
+    ADD CONSTRAINT spans_pkey PRIMARY KEY (ledger_id, stream_id, since);
+
+ALTER TABLE ONLY tasks.spans
+    ADD CONSTRAINT spans_pkey PRIMARY KEY (ledger_id, stream_id, since);
 
 ALTER TABLE ONLY tasks.tasks
     ADD CONSTRAINT tasks_pkey PRIMARY KEY (ledger_id, task_id);
@@ -371,6 +455,8 @@ CREATE INDEX approvals_pending ON approvals.approvals USING btree (ledger_id, "p
 CREATE INDEX approvals_pending_by_expiry ON approvals.approvals USING btree (ledger_id, expires_at, "position") WHERE (state = 'pending'::text);
 
 CREATE INDEX approvals_pending_by_risk ON approvals.approvals USING btree (ledger_id, risk, "position") WHERE (state = 'pending'::text);
+
+CREATE INDEX spans_around ON approvals.spans USING btree (ledger_id, state, class, "position", until, since);
 
 CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (fastupdate=off);
 
@@ -399,6 +485,10 @@ CREATE INDEX sessions_by_state ON sessions.sessions USING btree (ledger_id, stat
 CREATE INDEX sessions_by_time ON sessions.sessions USING btree (ledger_id, opened_at, "position");
 
 CREATE INDEX sessions_due ON sessions.sessions USING btree (expires_at) WHERE (state = ANY (ARRAY['pending'::text, 'active'::text]));
+
+CREATE INDEX spans_around ON sessions.spans USING btree (ledger_id, state, class, "position", until, since);
+
+CREATE INDEX spans_around ON tasks.spans USING btree (ledger_id, state, class, "position", until, since);
 
 CREATE INDEX tasks_by_kind ON tasks.tasks USING btree (ledger_id, kind, "position");
 
@@ -448,6 +538,8 @@ GRANT ALL ON FUNCTION projections.rename_schema(name text, new_name text) TO mun
 
 GRANT SELECT ON TABLE approvals.approvals TO muniment_api;
 
+GRANT SELECT ON TABLE approvals.spans TO muniment_api;
+
 GRANT SELECT ON TABLE audit.segments TO muniment_api;
 
 GRANT SELECT,INSERT ON TABLE keys.data_keys TO muniment_api;
@@ -486,11 +578,21 @@ GRANT INSERT,DELETE,UPDATE ON TABLE projections.rebuilds TO muniment_worker;
 GRANT SELECT ON TABLE projections.skips TO muniment_api;
 GRANT INSERT,DELETE,UPDATE ON TABLE projections.skips TO muniment_worker;
 
+GRANT SELECT ON TABLE projections.verdicts TO muniment_api;
+GRANT INSERT,DELETE,UPDATE ON TABLE projections.verdicts TO muniment_worker;
+
+GRANT SELECT ON TABLE projections.versions TO muniment_api;
+GRANT INSERT,DELETE,UPDATE ON TABLE projections.versions TO muniment_worker;
+
 GRANT SELECT ON TABLE records.segments TO muniment_api;
 
 GRANT SELECT ON TABLE sessions.labels TO muniment_api;
 
 GRANT SELECT ON TABLE sessions.sessions TO muniment_api;
+
+GRANT SELECT ON TABLE sessions.spans TO muniment_api;
+
+GRANT SELECT ON TABLE tasks.spans TO muniment_api;
 
 GRANT SELECT ON TABLE tasks.tasks TO muniment_api;
 

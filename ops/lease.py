@@ -26,6 +26,8 @@ LEASE_SECONDS = 4.0
 KEEP_SECONDS = 1.0
 """How often a holder renews its lease, and how often the others look whether it ran out."""
 
+STOP_SECONDS_MAX = 10.0
+
 HOLDER = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 """This process, for whoever reads the table."""
 
@@ -34,7 +36,8 @@ async def run_alone(pool: Pool, job: str, work: Callable[[], Awaitable[None]]) -
     """Run `work`, which never ends by itself, while no other process runs `job`; wait for one's turn until then.
 
     Ends only when cancelled, and then lets the next one have the lease at once; a holder that dies is followed
-    within LEASE_SECONDS and KEEP_SECONDS. What `work` raises is raised. Without a database, it waits for one.
+    within LEASE_SECONDS and KEEP_SECONDS. What `work` raises is raised, and that it cannot be stopped. Without a
+    database, it waits for one.
     """
     reachable = True
     while True:
@@ -53,7 +56,11 @@ async def run_alone(pool: Pool, job: str, work: Callable[[], Awaitable[None]]) -
                 await _keep(pool, job, fence, working)
             finally:
                 working.cancel()
-                await asyncio.wait([working])
+                _, goes_on = await asyncio.wait([working], timeout=STOP_SECONDS_MAX)
+                if goes_on:
+                    # In Python 3.11 a cancellation is lost where what was waited for came, or was late, at the same
+                    # moment (asyncio.wait_for, which psycopg uses): as when this process was stopped for a while.
+                    raise AssertionError(f"{job} goes on although it lost the lease: this worker has to start again")
                 with suppress(psycopg.Error, PoolTimeout):
                     async with pool.connection(timeout=1) as connection:
                         await connection.execute(SQL.release, {"job": job, "fence": fence})

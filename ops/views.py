@@ -1,31 +1,27 @@
 """`muniment projections`: what operators do to views while they are read: rebuild, verify, unpark.
 
-Every command here asks, and a worker does: a terminal that is closed stops nothing. Whoever asks must be let in as
-the worker is. Recording who asked for what in a ledger of the operators' own comes with that ledger.
+Every command here asks, in the ledger of the operators, and a worker does: a terminal that is closed stops nothing, and
+who asked for what, why, and what came of it, is on record. Nothing is decided here, and no view is touched.
 """
 
 import asyncio
-import getpass
-import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
-import psycopg
 from cyclopts import App
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ledger.embedded import running_database
-from ledger.postgres import Connection, Pool, open_pool, store_errors
-from ops import OperatorError
-from ops.projects import local_settings
-from projections import VIEWS, freshness, rebuild
-from projections.rebuild import Impossible, Rebuild
-from projections.verify import Drift, verify
+from ledger.operations import CancelRebuild, RebuildView, RetryParked, RollBackView, SkipEvent, VerifyView
+from ledger.postgres import Connection
+from ledger.view import Request
+from ops.desk import LOOK_SECONDS, Desk, ViewsError, connected, open_desk
+from projections import VIEWS, freshness, proof, rebuild
+from projections.proof import Proof
+from projections.rebuild import Rebuild
 
-LOOK_SECONDS = 0.2
 LINES_EVERY_SECONDS = 5.0
 RETRY_SECONDS = 5.0
 
@@ -34,14 +30,10 @@ parked = App(name="parked", help="Parts of views that are stopped before an even
 projections.command(parked)
 
 
-class ViewsError(OperatorError):
-    """What was asked of a view cannot be done; the message says why."""
-
-
 @projections.command(name="list")
 async def list_views() -> None:
     """List the views: how far each has come, where it is parked, what came of its last rebuild."""
-    async with _connection() as connection:
+    async with connected() as connection:
         healths = await freshness.health(connection, VIEWS)
         reached = await rebuild.progress(connection)
         rebuilds = {one.view: one for one in await rebuild.latest(connection)}
@@ -56,7 +48,7 @@ async def list_views() -> None:
 
 
 @projections.command(name="rebuild")
-async def rebuild_view(view: str, /, *, reason: str = "") -> None:
+async def rebuild_view(view: str, /, *, reason: str | None = None) -> None:
     """Rebuild a view beside the one that is read, compare it with a replay, and switch.
 
     Shows how far it is; Ctrl-C ends the showing, not the rebuild. Where one is under way it shows that.
@@ -68,26 +60,27 @@ async def rebuild_view(view: str, /, *, reason: str = "") -> None:
     reason
         Why, for those who come after.
     """
-    async with _pool(view) as pool:
-        async with pool.connection() as connection:
-            begun = await rebuild.begin(connection, view, _who(), reason)
-        if not begun:
+    async with open_desk(view) as desk:
+        asked, is_new = await desk.ask(RebuildView(view=view, reason=reason))
+        if not is_new:
             print(f"{view} is being rebuilt already", file=sys.stderr)
         try:
-            ended = await _watch(pool, view)
+            ended = await _watch(desk, view, asked)
         except asyncio.CancelledError:
             print(
                 f"The rebuild of {view} goes on: the same command shows it, `projections cancel` ends it.",
                 file=sys.stderr,
             )
             raise
-    print(f"{view}: {_told(ended)}")
-    if ended.state != "switched":
+        async with desk.pool.connection() as connection:
+            (one,) = [one for one in await rebuild.latest(connection) if one.view == view]
+    print(f"{view}: {_told(one)}")
+    if ended.outcome != "switched":
         sys.exit(1)
 
 
 @projections.command
-async def cancel(view: str, /, *, reason: str = "") -> None:
+async def cancel(view: str, /, *, reason: str | None = None) -> None:
     """End the rebuild of a view that is under way, and drop what it made.
 
     Parameters
@@ -97,14 +90,15 @@ async def cancel(view: str, /, *, reason: str = "") -> None:
     reason
         Why, for those who come after.
     """
-    async with _connection(view) as connection:
-        if not await rebuild.cancel(connection, view, _who(), reason):
-            raise ViewsError(f"{view} is not being rebuilt")
+    async with open_desk(view) as desk:
+        ended = await desk.done(CancelRebuild(view=view, reason=reason))
+    if ended.outcome != "cancelled":
+        raise ViewsError(f"the rebuild of {view} had ended before it was cancelled: {ended.outcome}")
     print(f"the rebuild of {view} is cancelled; {view} is as it was")
 
 
 @projections.command
-async def rollback(view: str, /, *, reason: str = "") -> None:
+async def rollback(view: str, /, *, reason: str | None = None) -> None:
     """Put back what the last rebuild of a view replaced, brought to where the view is now.
 
     Parameters
@@ -114,16 +108,16 @@ async def rollback(view: str, /, *, reason: str = "") -> None:
     reason
         Why, for those who come after.
     """
-    async with _pool(view) as pool:
-        await rebuild.roll_back(pool, view, _who(), reason)
+    async with open_desk(view) as desk:
+        await desk.done(RollBackView(view=view, reason=reason))
     print(f"{view} is what it was before its last rebuild, and what that had made is dropped")
 
 
 @projections.command(name="verify")
-async def verify_view(view: str, /, *, project: str | None = None) -> None:
+async def verify_view(view: str, /, *, project: str | None = None, reason: str | None = None) -> None:
     """Compare a view, row by row, with a replay of the ledger that knows nothing of it.
 
-    Ends with 1 where they differ, and names every difference: row, field, both values, the event.
+    Ends with 1 where they differ, and names what differs: row, field, both values, the event.
 
     Parameters
     ----------
@@ -131,27 +125,23 @@ async def verify_view(view: str, /, *, project: str | None = None) -> None:
         As `muniment projections list` names it.
     project
         Only this project's part.
+    reason
+        Why, for those who come after.
     """
-    differing = met = 0
-    async with _pool(view) as pool:
-        async for verdict in verify(pool, view, project):
-            met += 1
-            differing += not verdict.holds
-            print(f"{verdict} ({verdict.rows:,} rows)")
-            for drift in verdict.drifts:
-                print(f"  {_named(drift)}")
-            if verdict.drifted > len(verdict.drifts):
-                print(f"  and {verdict.drifted - len(verdict.drifts):,} more")
-    if project is not None and not met:
-        raise ViewsError(f"{view} has nothing of a project {project}")
-    if differing:
+    async with open_desk(view) as desk:
+        ended = await desk.done(VerifyView(view=view, project=project, reason=reason))
+        async with desk.pool.connection() as connection:
+            proofs = await proof.latest(connection, [view], project)
+    for one in proofs:
+        _tell_proof(one)
+    if not ended.holds:
         sys.exit(1)
 
 
 @parked.default
 async def list_parked() -> None:
     """List the parts of views that are stopped before an event, and why."""
-    async with _connection() as connection:
+    async with connected() as connection:
         found = await rebuild.parked(connection)
     for one in found:
         print(f"{one.view} of {one.project_id}, before event {one.position} ({one.type}), since {one.since}")
@@ -161,7 +151,7 @@ async def list_parked() -> None:
 
 
 @parked.command
-async def retry(view: str, /, *, project: str | None = None) -> None:
+async def retry(view: str, /, *, project: str | None = None, reason: str | None = None) -> None:
     """Have what is parked tried again now, not within a minute.
 
     Parameters
@@ -170,11 +160,15 @@ async def retry(view: str, /, *, project: str | None = None) -> None:
         As `muniment projections list` names it.
     project
         Only this project's part.
+    reason
+        Why, for those who come after.
     """
-    async with _connection(view) as connection:
-        tried = await rebuild.retry(connection, view, project)
+    async with open_desk(view) as desk, desk.pool.connection() as connection:
+        found = [one for one in await rebuild.parked(connection) if one.view == view]
+        tried = {one.project_id: one.position - 1 for one in found if project in (None, one.project_id)}
         if not tried:
             raise ViewsError(f"{view} is not parked{f' in {project}' if project else ''}")
+        await desk.done(RetryParked(view=view, project=project, reason=reason))
         await _tell_what_came(connection, view, tried)
 
 
@@ -195,8 +189,8 @@ async def skip(view: str, /, *, project: str, position: int, reason: str) -> Non
     reason
         Why, for those who come after.
     """
-    async with _connection(view) as connection:
-        await rebuild.skip(connection, view, project, position, _who(), reason)
+    async with open_desk(view) as desk, desk.pool.connection() as connection:
+        await desk.done(SkipEvent(view=view, project=project, position=position, reason=reason))
         await _tell_what_came(connection, view, {project: position - 1})
 
 
@@ -223,20 +217,21 @@ async def _tell_what_came(connection: Connection, view: str, tried: dict[str, in
 # Showing how far it is
 
 
-async def _watch(pool: Pool, view: str) -> Rebuild:
-    """Show the rebuild of a view until it has ended; answers what it is then."""
+async def _watch(desk: Desk, view: str, asked: Request) -> Request:
+    """Show the rebuild of a view until it has ended; answers what came of it."""
     console = Console(stderr=True)
     shown: AbstractContextManager[Callable[[Rebuild, rebuild.Progress], None]]
     shown = _Bar(console, view) if console.is_terminal else nullcontext(_Lines(view))
     with shown as show:
         while True:
-            async with pool.connection() as connection:
+            if (ended := await desk.outcome(view, asked)) is not None:
+                return ended
+            async with desk.pool.connection() as connection:
                 reached = await rebuild.progress(connection)
-                (one,) = [one for one in await rebuild.latest(connection) if one.view == view]
-            if one.state not in rebuild.UNDER_WAY:
-                return one
+                found = [one for one in await rebuild.latest(connection) if one.view == view]
             there = reached.get(view, rebuild.Progress())
-            show(one, reached.get(rebuild.next_of(view), rebuild.Progress(total=there.total)))
+            for one in found:
+                show(one, reached.get(rebuild.next_of(view), rebuild.Progress(total=there.total)))
             await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -299,41 +294,10 @@ def _told(one: Rebuild) -> str:
     return said + ("; what it replaced is kept" if one.has_old else "")
 
 
-def _named(drift: Drift) -> str:
-    event = drift.event
-    by = f"set by event {event.position} ({event.type} {event.event_id})" if event else "no event says so"
-    where = f"{drift.table} [{drift.key}]"
-    if drift.field == "*":
-        return f"{where} {'is missing' if drift.stored is None else 'is too many'}: {by}"
-    return f"{where} {drift.field}: {drift.stored!r}, a replay makes {drift.replayed!r}, {by}"
-
-
-# How views are reached
-
-
-def _who() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
-
-
-@asynccontextmanager
-async def _connection(view: str | None = None) -> AsyncGenerator[Connection]:
-    async with _pool(view) as pool, pool.connection() as connection:
-        yield connection
-
-
-@asynccontextmanager
-async def _pool(view: str | None = None) -> AsyncGenerator[Pool]:
-    """The database, as the worker uses it; what is wrong with that is said in a sentence."""
-    if view is not None and view not in VIEWS:
-        raise ViewsError(f"there is no view {view!r}: there are {', '.join(VIEWS)}")
-    with running_database(local_settings(any_mode=True), "muniment_worker") as reached:
-        async with open_pool(reached.database_url, 4) as pool:
-            try:
-                with store_errors():
-                    yield pool
-            except Impossible as error:
-                raise ViewsError(str(error)) from error
-            except psycopg.errors.InsufficientPrivilege as error:
-                raise ViewsError("only the worker's role may do this: name it in DATABASE_URL") from error
-            except (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedTable) as error:
-                raise ViewsError("the database is not at this version: run `muniment migrate`") from error
+def _tell_proof(proof: Proof) -> None:
+    found = proof.verdict
+    print(f"{found} ({found.rows:,} rows)")
+    for drift in found.drifts:
+        print(f"  {drift}")
+    if found.drifted > len(found.drifts):
+        print(f"  and {found.drifted - len(found.drifts):,} more")

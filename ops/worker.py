@@ -23,7 +23,9 @@ from ops.lease import run_alone
 from ops.logs import write_log
 from ops.sweeper import sweep_for_ever
 from projections import VIEWS, Projector
+from projections.proof import Proven, verify_for_ever
 from projections.rebuild import rebuild_for_ever
+from projections.requests import Follower
 
 CONNECTIONS_MAX = 10
 
@@ -59,14 +61,19 @@ async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None 
             tracing=tracing,
         )
         projector = Projector(pool, VIEWS, listen_to=settings.database_direct_url, tracing=tracing)
-        sources = (of_process, committer.commits.families, projector.projected.families, partial(of_pool, pool))
+        follower = Follower(pool, committer)
+        proven = Proven()
+        made = (committer.commits.families, projector.projected.families, proven.families)
+        sources = (of_process, *made, partial(of_pool, pool))
         try:
             with exposed(settings, Exposed(*sources)):
                 async with asyncio.TaskGroup() as group:
                     jobs = [
                         group.create_task(run_alone(pool, "projector", projector.run)),
                         group.create_task(run_alone(pool, "sweeper", lambda: sweep_for_ever(pool, committer))),
-                        group.create_task(run_alone(pool, "rebuilder", lambda: rebuild_for_ever(pool))),
+                        group.create_task(run_alone(pool, "rebuilder", lambda: rebuild_for_ever(pool, follower.renew))),
+                        group.create_task(run_alone(pool, "verifier", lambda: verify_for_ever(pool, proven))),
+                        group.create_task(run_alone(pool, "follower", follower.follow)),
                     ]
                     await stop.wait()
                     # A batch of the projector's that is cut short here is undone, position and all.

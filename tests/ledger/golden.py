@@ -6,6 +6,8 @@ A change here is not a mistake in the test but a broken proof for everyone who h
 from typing import Any
 from uuid import UUID
 
+from msgspec.structs import replace
+
 from ledger.entry import Event, canonical
 from ledger.events import (
     ApprovalCancelled,
@@ -51,7 +53,22 @@ from ledger.events import (
     VoteCast,
     VoteWithdrawn,
 )
-from ledger.values import Actor, AgentDescription, Artifact, Cost, Principal, Quorum, Usage, Voter
+from ledger.values import Actor, AgentDescription, Artifact, Cost, Principal, Quorum, Replayed, Usage, Voter
+from ledger.view_events import (
+    EventSkipped,
+    EventSkipRequested,
+    ParkedRetried,
+    ParkedRetryRequested,
+    RebuildCancelled,
+    RebuildCancelRequested,
+    RebuildRequested,
+    RollBackRequested,
+    VerificationRequested,
+    ViewRequestFailed,
+    ViewRolledBack,
+    ViewSwitched,
+    ViewVerified,
+)
 
 NAMED = UUID("0199a7c2-5d4e-7000-8000-0123456789ab")
 AGENT = Actor(
@@ -64,6 +81,8 @@ AGENT = Actor(
 )
 SEALED = {"$sealed": {"subject": "a" * 32, "key": 1, "nonce": "AAAAAAAAAAAAAAAA", "box": "AAAA"}}
 DIGEST = "sha256:" + "0" * 64
+OPERATOR = Principal("i", "ana")
+REPLAYED = Replayed(code_version="1+a", heads_digest=DIGEST, digest=DIGEST, rows=7)
 
 
 def event_of(data: Fact, **fields: Any) -> Event[Any]:
@@ -382,5 +401,74 @@ GOLDEN: list[tuple[Fact, str, str]] = [
         ApprovalLapsed(approved_until="2026-11-21T09:15:00.000000Z"),
         '{"approved_until":"2026-11-21T09:15:00.000000Z"}',
         "c379c56d3fdb47a8",
+    ),
+    (RebuildRequested(view="audit"), '{"view":"audit"}', "dd1cd1e18cf092fc"),
+    (RebuildCancelRequested(view="audit", request=1), '{"request":1,"view":"audit"}', "e0d8c71036bb83ba"),
+    (RollBackRequested(view="audit"), '{"view":"audit"}', "71818fc600a37764"),
+    (VerificationRequested(view="audit"), '{"view":"audit"}', "290f02b10a09009b"),
+    (VerificationRequested(view="audit", project="demo"), '{"project":"demo","view":"audit"}', "01649e9df5a160cf"),
+    (ParkedRetryRequested(view="audit"), '{"view":"audit"}', "6f515173df174827"),
+    (ParkedRetryRequested(view="audit", project="demo"), '{"project":"demo","view":"audit"}', "72bb39c2ac905da5"),
+    (
+        EventSkipRequested(view="audit", project="demo", position=7),
+        '{"position":7,"project":"demo","view":"audit"}',
+        "a7d54d407c140818",
+    ),
+    (
+        ViewSwitched(view="audit", request=1, asked_by=OPERATOR, replayed=REPLAYED),
+        spelled(
+            '{"asked_by":{"issuer":"i","sub":"ana"},"replayed":{"code_version":"1+a","digest":"<digest>",'
+            '"heads_digest":"<digest>","rows":7},"request":1,"view":"audit"}'
+        ),
+        "6454f53b598cb55f",
+    ),
+    (
+        RebuildCancelled(view="audit", request=1, asked_by=OPERATOR, cancelled_by=Principal("i", "bo")),
+        '{"asked_by":{"issuer":"i","sub":"ana"},"cancelled_by":{"issuer":"i","sub":"bo"},"request":1,"view":"audit"}',
+        "f4c2404a95adbaff",
+    ),
+    (
+        ViewRolledBack(view="audit", request=1, asked_by=OPERATOR),
+        '{"asked_by":{"issuer":"i","sub":"ana"},"request":1,"view":"audit"}',
+        "96fd9eb35b823165",
+    ),
+    (
+        ViewVerified(view="audit", request=1, asked_by=OPERATOR, holds=True, replayed=REPLAYED),
+        spelled(
+            '{"asked_by":{"issuer":"i","sub":"ana"},"holds":true,"replayed":{"code_version":"1+a","digest":"<digest>",'
+            '"heads_digest":"<digest>","rows":7},"request":1,"view":"audit"}'
+        ),
+        "cff470a27ac323ad",
+    ),
+    (
+        ViewVerified(
+            view="audit",
+            request=1,
+            asked_by=OPERATOR,
+            holds=False,
+            project="demo",
+            replayed=replace(REPLAYED, projects=1, drifted=2, drifted_projects=("demo",)),
+        ),
+        spelled(
+            '{"asked_by":{"issuer":"i","sub":"ana"},"holds":false,"project":"demo","replayed":{"code_version":"1+a",'
+            '"digest":"<digest>","drifted":2,"drifted_projects":["demo"],"heads_digest":"<digest>","projects":1,'
+            '"rows":7},"request":1,"view":"audit"}'
+        ),
+        "0b7caf20fe3da5f2",
+    ),
+    (
+        ParkedRetried(view="audit", request=1, asked_by=OPERATOR),
+        '{"asked_by":{"issuer":"i","sub":"ana"},"request":1,"view":"audit"}',
+        "7c6276cbe8c8ffb3",
+    ),
+    (
+        EventSkipped(view="audit", request=1, asked_by=OPERATOR, project="demo", position=7),
+        '{"asked_by":{"issuer":"i","sub":"ana"},"position":7,"project":"demo","request":1,"view":"audit"}',
+        "357f16adc5ec4482",
+    ),
+    (
+        ViewRequestFailed(view="audit", request=1, asked_by=OPERATOR, asked="skip", because="not parked"),
+        '{"asked":"skip","asked_by":{"issuer":"i","sub":"ana"},"because":"not parked","request":1,"view":"audit"}',
+        "94f1902f1c2a2c9c",
     ),
 ]

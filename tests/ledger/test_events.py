@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ledger.entry import ENTRY_BYTES_MAX, Event, canonical, decode, encode, leaf_hash, whole
+from ledger.entry import ENTRY_BYTES_MAX, FACTS, Event, canonical, decode, encode, leaf_hash, whole
 from ledger.errors import UpgradeRequired
 from ledger.events import (
-    FACTS,
     ApprovalRequested,
     AttemptFailed,
     CommandRefused,

@@ -9,7 +9,7 @@ import sys
 from asyncio.subprocess import Process
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +44,7 @@ from tests.conftest import Database, database_of
 
 AGENT = Actor(issuer="https://id.example", sub="a", kind="agent", assurance="authenticated", roles=("agent",))
 
-JOBS = ("projector", "sweeper", "rebuilder")
+JOBS = ("projector", "sweeper", "rebuilder", "follower", "verifier")
 
 
 @asynccontextmanager
@@ -164,6 +164,27 @@ async def test_what_a_job_raises_ends_it_and_leaves_the_lease(pool: Pool) -> Non
     with pytest.raises(ZeroDivisionError):
         await run_alone(pool, "job", fail)
     assert await holders(pool) == {}
+
+
+async def test_a_job_that_cannot_be_stopped_ends_the_worker(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.lease.STOP_SECONDS_MAX", 0.1)
+    end = asyncio.Event()
+
+    async def deaf() -> None:
+        with suppress(asyncio.CancelledError):
+            await end.wait()
+        await end.wait()
+
+    async def taken_away() -> bool:
+        async with pool.connection() as connection:
+            lost = await connection.execute("UPDATE projections.leases SET fence = fence + 1 WHERE job = 'job'")
+            return lost.rowcount == 1
+
+    running = asyncio.create_task(run_alone(pool, "job", deaf))
+    await until(taken_away)
+    with pytest.raises(AssertionError, match="job goes on although it lost the lease"):
+        await running
+    end.set()
 
 
 NUMBER = 12

@@ -1,0 +1,150 @@
+"""Where an operator at a terminal asks something of a view, and hears what came of it.
+
+It is asked as it is over HTTP, by a command to the operators' ledger; but nobody vouches for who asks: whoever may use
+the database and the key may ask, and is called as their machine calls them (`assurance` asserted).
+"""
+
+import asyncio
+import getpass
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import psycopg
+
+from ledger import store
+from ledger.committer import Committer
+from ledger.embedded import running_database
+from ledger.operations import OPERATORS, OfView
+from ledger.postgres import Connection, Pool, open_pool, store_errors
+from ledger.settings import Settings
+from ledger.values import Actor
+from ledger.vault import Vault
+from ledger.view import Request
+from ops import OperatorError
+from ops.projects import local_settings
+from projections import VIEWS, freshness
+from projections.requests import views
+
+ISSUER = "muniment-terminal"
+"""Who says that someone at a terminal is who they are: nobody but the terminal."""
+
+LOOK_SECONDS = 0.2
+WORKER_SECONDS = 10.0
+"""How long to wait for a worker where none runs."""
+
+
+class ViewsError(OperatorError):
+    """What was asked of a view cannot be done; the message says why."""
+
+
+class Desk:
+    """Where an operator at a terminal asks, and hears what came of it."""
+
+    def __init__(self, pool: Pool, committer: Committer) -> None:
+        self.pool = pool
+        self._committer = committer
+        self._actor = Actor(
+            issuer=ISSUER,
+            sub=f"{getpass.getuser()}@{socket.gethostname()}",
+            kind="human",
+            roles=("operator",),
+            assurance="asserted",
+        )
+        self._waits_until: float | None = None
+
+    async def ask(self, command: OfView) -> tuple[Request, bool]:
+        """What is asked for by that command, and whether it was not before. Raises ViewsError where it is refused."""
+        receipt = await self._committer.submit(OPERATORS, command, self._actor)
+        if receipt.refusal is not None:
+            raise ViewsError(str(receipt.refusal))
+        return receipt.state.asking(command), receipt.event_count > 0
+
+    async def done(self, command: OfView) -> Request:
+        """Ask, and wait for what comes of it. Raises ViewsError where it cannot be done."""
+        request, _ = await self.ask(command)
+        assert isinstance(command.view, str)
+        while True:
+            if (ended := await self.outcome(command.view, request)) is not None:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        if ended.outcome == "failed" and command.asked != "rebuild":
+            raise ViewsError(ended.because or "it failed")
+        return ended
+
+    async def outcome(self, view: str, request: Request) -> Request | None:
+        """What came of it, as soon as that is known. Raises ViewsError where no worker runs that would do it."""
+        async with self.pool.connection() as connection:
+            _, states = await views(connection)
+            found = states[view].find(request.request)
+            if found is None:
+                raise ViewsError(f"what came of that was followed by more: see the events after {request.event_id}")
+            if found.outcome is not None:
+                return found
+            stopped = (await freshness.health(connection, [view]))[view].state == "stopped"
+        now = time.monotonic()
+        self._waits_until = (self._waits_until or now + WORKER_SECONDS) if stopped else None
+        if self._waits_until is not None and now > self._waits_until:
+            raise ViewsError(
+                "it is asked for, and is done as soon as a worker runs: none does. `muniment worker` is one"
+            )
+        return None
+
+
+@asynccontextmanager
+async def connected() -> AsyncGenerator[Connection]:
+    """A connection to look with."""
+    async with _pool() as reached, reached.pool.connection() as connection:
+        yield connection
+
+
+class _Reached(NamedTuple):
+    settings: Settings
+    pool: Pool
+
+
+@asynccontextmanager
+async def open_desk(view: str) -> AsyncGenerator[Desk]:
+    """A desk about that view. The operators' ledger is made at its first use. Raises ViewsError, UnusableKey."""
+    if view not in VIEWS:
+        raise ViewsError(f"there is no view {view!r}: there are {', '.join(VIEWS)}")
+    async with _pool() as (settings, pool):
+        vault = Vault(settings.keys_dir, pool, create_keys=True)
+        async with pool.connection() as connection:
+            is_new = await store.find_ledger(connection, OPERATORS) is None
+        await vault.open(OPERATORS)  # as `project create` does: a ledger without its key could not take a command
+        if is_new:
+            print(
+                f"The ledger of the project {OPERATORS} is made; its key is {settings.keys_dir / f'{OPERATORS}.key'}: "
+                "keep a copy, and give it to every node",
+                file=sys.stderr,
+            )
+        committer = Committer(pool, vault, create_ledgers=True)
+        try:
+            yield Desk(pool, committer)
+        finally:
+            await committer.close()
+
+
+@asynccontextmanager
+async def _pool() -> AsyncGenerator[_Reached]:
+    """The database, as the worker uses it; what is wrong with that is said in a sentence."""
+    with running_database(local_settings(any_mode=True), "muniment_worker") as settings:
+        async with open_pool(settings.database_url, 4) as pool:
+            try:
+                with store_errors():
+                    yield _Reached(settings, pool)
+            except psycopg.errors.InsufficientPrivilege as error:
+                raise ViewsError(
+                    "who asks must be let in as an API or a worker is (muniment_api, muniment_worker): name one in "
+                    "DATABASE_URL"
+                ) from error
+            except (
+                psycopg.errors.InvalidSchemaName,
+                psycopg.errors.UndefinedTable,
+                psycopg.errors.UndefinedColumn,
+            ) as error:
+                raise ViewsError("the database is not at this version: run `muniment migrate`") from error
