@@ -68,6 +68,9 @@ class View(Protocol):
     Its SQL names it before the dot of a table and in quotes, and nowhere else: see `in_schema`.
     """
 
+    VERSION: int
+    """Raised when the rows become other ones: then a worker builds the view again, aside (rebuild.py)."""
+
     WRITE: bytes
     """The parts of a WITH that write the view's rows: each from `advanced AS a` where `a.view` is its name. It says
     the type of every value."""
@@ -181,7 +184,8 @@ class Projector:
                 self._say("database", f"the database cannot be read: {error}")
                 pause = RETRY_SECONDS
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), pause)
+                async with asyncio.timeout(pause):  # wait_for may lose a cancellation
+                    await self._look.wait()
 
     async def _retry_parked(self) -> None:
         while True:

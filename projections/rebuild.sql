@@ -1,13 +1,30 @@
 -- name: begin
--- One rebuild of a view at a time: who comes second waits for this row, and then finds it taken.
-INSERT INTO projections.rebuilds AS r (view, state, asked_by, reason) VALUES (%(view)s, 'filling', %(asked_by)s, %(reason)s)
+-- One rebuild of a view at a time: who comes second waits for this row, and then finds it taken. A request is done
+-- once, and never after a later one.
+INSERT INTO projections.rebuilds AS r (view, state, asked_by, reason, request)
+VALUES (%(view)s, 'filling', %(asked_by)s, %(reason)s, %(request)s)
 ON CONFLICT (view) DO UPDATE SET
     number = r.number + 1, state = 'filling', asked_by = excluded.asked_by, reason = excluded.reason, began_at = now(),
-    ended_at = NULL, ended_because = NULL, code_version = NULL, heads_digest = NULL, rows_compared = NULL, digest = NULL
-WHERE r.state NOT IN ('filling', 'comparing')
+    ended_at = NULL, ended_because = NULL, code_version = NULL, heads_digest = NULL, rows_compared = NULL, digest = NULL,
+    request = excluded.request
+WHERE r.state NOT IN ('filling', 'comparing') AND (excluded.request <= r.request) IS NOT TRUE
 RETURNING number
 
+-- name: versions
+SELECT view, version FROM projections.versions
+
+-- name: set_version
+INSERT INTO projections.versions (view, version) VALUES (%(schema)s, %(version)s)
+
+-- name: begin_again
+-- Whatever asked for it: what was made so far is of no use.
+UPDATE projections.rebuilds SET
+    number = number + 1, state = 'filling', began_at = now(),
+    code_version = NULL, heads_digest = NULL, rows_compared = NULL, digest = NULL
+WHERE view = %(view)s AND state IN ('filling', 'comparing')
+
 -- name: drop_places
+WITH dropped AS (DELETE FROM projections.versions WHERE view = %(schema)s)
 DELETE FROM projections.positions WHERE view = %(schema)s
 
 -- name: make_schema
@@ -15,7 +32,7 @@ SELECT projections.make_schema(%(schema)s)
 
 -- name: tables
 -- Statements that make the tables of one schema in another, but for their indexes. LIKE leaves out how full pages are
--- to be.
+-- to be, and what the planner is told of columns.
 SELECT format(
     'CREATE TABLE %%I.%%I (LIKE %%I.%%I INCLUDING ALL EXCLUDING INDEXES)%%s', %(new)s::text, c.relname, n.nspname, c.relname,
     ' WITH (' || array_to_string(c.reloptions, ', ') || ')'
@@ -26,19 +43,19 @@ UNION ALL
 SELECT format('ALTER TABLE %%I.%%I ADD CONSTRAINT %%I %%s', %(new)s::text, c.relname, k.conname, pg_get_constraintdef(k.oid))
 FROM pg_constraint AS k JOIN pg_class AS c ON c.oid = k.conrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE n.nspname = %(schema)s AND k.contype IN ('p', 'u')
-
--- name: indexes
--- Statements that make the indexes that one schema has and another does not. The name of the table is the first thing
--- in such a definition that comes after an ON.
-SELECT regexp_replace(pg_get_indexdef(i.indexrelid), format(' ON %%I\.', n.nspname), format(' ON %%I.', %(new)s::text))
-FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE n.nspname = %(schema)s AND NOT EXISTS (
-    SELECT FROM pg_class AS made WHERE made.relnamespace = to_regnamespace(%(new)s) AND made.relname = c.relname
+UNION ALL
+SELECT format(
+    'ALTER TABLE %%I.%%I ALTER COLUMN %%I SET (%%s)', %(new)s::text, c.relname, a.attname, array_to_string(a.attoptions, ', ')
 )
-ORDER BY c.relname
-
--- name: names
-SELECT c.relname FROM pg_class AS c WHERE c.relnamespace = to_regnamespace(%(schema)s) AND c.relkind = 'r'
+FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE n.nspname = %(schema)s AND c.relkind = 'r' AND a.attoptions IS NOT NULL
+UNION ALL
+-- A release before this column does not write it: its workers are kept from what this one builds.
+SELECT format('ALTER TABLE %%I.%%I ADD CONSTRAINT state_since_known CHECK (state_since IS NOT NULL)', %(new)s::text, c.relname)
+FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE n.nspname = %(schema)s AND c.relkind = 'r' AND a.attname = 'state_since' AND NOT EXISTS (
+    SELECT FROM pg_constraint AS known WHERE known.conrelid = c.oid AND known.conname = 'state_since_known'
+)
 
 -- name: under_way
 SELECT view, number FROM projections.rebuilds WHERE state IN ('filling', 'comparing') ORDER BY began_at
@@ -55,7 +72,7 @@ SELECT state FROM projections.rebuilds WHERE view = %(view)s AND number = %(numb
 -- Each view's latest rebuild, and whether what it replaced is still there.
 SELECT
     view, number, state, asked_by, reason, began_at, ended_at, ended_because, code_version, heads_digest, rows_compared,
-    digest, to_regnamespace(view || '_old') IS NOT NULL
+    digest, request, to_regnamespace(view || '_old') IS NOT NULL
 FROM projections.rebuilds
 
 -- name: progress
@@ -69,35 +86,11 @@ SELECT l.project_id, p.position FROM projections.positions AS p
 JOIN ledger.ledgers AS l ON l.ledger_id = p.ledger_id
 WHERE p.view = %(view)s
 
--- name: missing
--- How many events a build has not taken that the view has.
-SELECT coalesce(sum(greatest(l.position - coalesce(n.position, 0), 0)), 0)::bigint
-FROM projections.positions AS l
-LEFT JOIN projections.positions AS n ON n.ledger_id = l.ledger_id AND n.view = %(schema)s
-WHERE l.view = %(view)s
-
--- name: stuck
--- Where a build cannot take an event that the view has.
-SELECT g.project_id, n.parked_position, n.parked_reason
-FROM projections.positions AS n
-JOIN projections.positions AS l ON l.ledger_id = n.ledger_id AND l.view = %(view)s
-JOIN ledger.ledgers AS g ON g.ledger_id = n.ledger_id
-WHERE n.view = %(schema)s AND n.parked_position <= l.position
-ORDER BY g.project_id LIMIT 1
-
 -- name: behind
 -- The ledgers in which a view and a build of it are not at the same place.
 SELECT ledger_id FROM projections.positions WHERE view IN (%(view)s, %(schema)s)
 GROUP BY ledger_id HAVING count(*) < 2 OR min(position) <> max(position)
 ORDER BY ledger_id
-
--- name: compare
-UPDATE projections.rebuilds SET state = 'comparing', code_version = %(code_version)s
-WHERE view = %(view)s AND number = %(number)s AND state IN ('filling', 'comparing')
-
--- name: compared
-UPDATE projections.rebuilds SET heads_digest = %(heads)s, rows_compared = %(rows)s, digest = %(digest)s
-WHERE view = %(view)s AND number = %(number)s AND state = 'comparing'
 
 -- name: fail
 UPDATE projections.rebuilds SET state = 'failed', ended_because = %(because)s, ended_at = now()
@@ -105,7 +98,7 @@ WHERE view = %(view)s AND number = %(number)s AND state IN ('filling', 'comparin
 
 -- name: cancel
 UPDATE projections.rebuilds SET state = 'cancelled', ended_because = %(because)s, ended_at = now()
-WHERE view = %(view)s AND state IN ('filling', 'comparing')
+WHERE view = %(view)s AND state IN ('filling', 'comparing') AND (%(request)s::bigint = request) IS NOT FALSE
 
 -- name: take
 -- This rebuild's row, until the transaction ends.
@@ -120,11 +113,14 @@ LOCK TABLE projections.positions IN SHARE ROW EXCLUSIVE MODE
 SELECT projections.rename_schema(%(schema)s, %(new)s)
 
 -- name: rename_places
+WITH renamed AS (UPDATE projections.versions SET view = %(new)s WHERE view = %(schema)s)
 UPDATE projections.positions SET view = %(new)s WHERE view = %(schema)s
 
 -- name: settle
 -- What the views moved on in this transaction need not reach the disk at once; that they were switched must.
-UPDATE projections.rebuilds SET state = %(state)s, ended_because = %(because)s, ended_at = now() WHERE view = %(view)s
+UPDATE projections.rebuilds
+SET state = %(state)s, ended_because = %(because)s, ended_at = now(), request = coalesce(%(request)s::bigint, request)
+WHERE view = %(view)s
 RETURNING set_config('synchronous_commit', (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'), true)
 
 -- name: parked
@@ -144,6 +140,12 @@ FROM projections.positions AS p JOIN ledger.ledgers AS l ON l.ledger_id = p.ledg
 WHERE p.view = %(view)s AND l.project_id = %(project)s AND p.parked_position = %(position)s
 ON CONFLICT (view, ledger_id, position) DO UPDATE
 SET asked_by = excluded.asked_by, reason = excluded.reason, asked_at = now()
+
+-- name: skipped
+SELECT EXISTS (
+    SELECT FROM projections.skips AS s JOIN ledger.ledgers AS l ON l.ledger_id = s.ledger_id
+    WHERE s.view = %(view)s AND l.project_id = %(project)s AND s.position = %(position)s
+)
 
 -- name: retry
 -- The projector looks at it again.

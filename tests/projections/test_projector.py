@@ -284,7 +284,7 @@ async def test_a_parked_view_goes_on_when_its_event_can_be_projected_at_last(
         """A view that refuses one event until it is told to take it."""
 
         def __init__(self) -> None:
-            self.WRITE = b"nothing AS (SELECT)"
+            self.VERSION, self.WRITE = 1, b"nothing AS (SELECT)"
             self.refused: int | None = 13
             self.seen: list[int] = []
 

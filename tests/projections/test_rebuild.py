@@ -1,19 +1,22 @@
 """Rebuilding views: aside, compared, switched in one moment, and back; nobody who reads or writes notices."""
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from uuid_utils.compat import uuid7
 
-from ledger.events import FactRecorded, SessionActivated, SessionAnnotated
+from ledger.events import FactRecorded, SessionActivated, SessionAnnotated, SessionMetadataChanged
 from ledger.postgres import Connection, Pool, open_pool
 from projections import VIEWS, Projector, audit, caught_up, rebuild, sessions
+from projections.filling import FILL_EVENTS, Filling
 from projections.projector import Overtaken
 from projections.rebuild import Impossible, Rebuild, begin, cancel, latest, parked, rebuild_for_ever, retry, roll_back
 from projections.verify import verify
@@ -171,7 +174,30 @@ async def test_a_rebuild_mends_what_was_changed_behind_the_back_of_the_view(
     check_views(database.owner)
 
 
-async def test_killed_anywhere_it_goes_on_from_where_it_was(database: Database, pool: Pool, history: History) -> None:
+def builders(parent: int) -> set[int]:
+    """The processes that make a build for the process `parent`."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            started_by = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if started_by == parent and b"projections.build" in (path / "cmdline").read_bytes().split(b"\0"):
+                found.add(int(path.name))
+    return found
+
+
+async def builder(parent: int, other_than: int = 0) -> int:
+    with deadline() as check:
+        while not (found := builders(parent) - {other_than}):
+            check()
+            await asyncio.sleep(0.01)
+    return found.pop()
+
+
+@pytest.mark.parametrize("whom", ["worker", "builder"])
+@pytest.mark.parametrize("view", ["sessions", "audit"])
+async def test_killed_anywhere_it_goes_on_from_where_it_was(
+    view: str, whom: str, database: Database, pool: Pool, history: History
+) -> None:
     code = (
         "import asyncio\n"
         "from ledger.postgres import open_pool\n"
@@ -181,24 +207,70 @@ async def test_killed_anywhere_it_goes_on_from_where_it_was(database: Database, 
         "        await rebuild_for_ever(pool)\n"
         "asyncio.run(main())\n"
     )
-    add_at_random(history, 5000, 1)
+    add_at_random(history, 9000, 1)
     await project_all(Projector(pool, VIEWS), history)
     async with pool.connection() as connection:
-        assert await begin(connection, "audit", "ana", "because")
+        assert await begin(connection, view, "ana", "because")
         reached = [0]
-        for _ in range(4):
-            process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+        for _ in range(2):
+            worker = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+            building = await builder(worker.pid)
+            before = reached[-1]
             with deadline(60) as check:
-                while (at := (await rebuild.reached(connection, "audit_next")).get("demo", 0)) <= reached[-1]:
+                while reached[-1] == before:
                     check()
-                    await asyncio.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-            await process.wait()
-            reached.append(at)
+                    async with connection.transaction():  # while it stands still
+                        cursor = await connection.execute(
+                            "SELECT position FROM projections.positions WHERE view = %s FOR UPDATE", [f"{view}_next"]
+                        )
+                        at = [position for (position,) in await cursor.fetchall() if position > before]
+                        if at:
+                            reached += at
+                            os.kill(worker.pid if whom == "worker" else building, signal.SIGKILL)
+            if whom == "builder":
+                await builder(worker.pid, other_than=building)
+                worker.kill()
+            await worker.wait()
         assert reached[-1] < history.size, "it was killed on the way"
         assert [one.state for one in await latest(connection)] == ["filling"]
         async with rebuilding(pool):
-            assert (await rebuilt(connection, "audit")).state == "switched"
+            assert (await rebuilt(connection, view)).state == "switched"
+    check_views(database.owner)
+
+
+async def test_streams_longer_and_events_larger_than_what_is_read_at_once_are_built_whole(
+    database: Database, pool: Pool, history: History
+) -> None:
+    long = history.open()
+    for n in range(3 * FILL_EVENTS):
+        history.add(SessionActivated() if n == FILL_EVENTS else SessionAnnotated(text=str(n)), long)
+    for n in range(20):
+        stream_id = history.open(metadata={"n": n})
+        history.add(SessionMetadataChanged(metadata={"large": str(n) * 1_000_000}), stream_id)
+    await project_all(Projector(pool, VIEWS), history)
+    async with pool.connection() as connection, rebuilding(pool):
+        for view in ("sessions", "records"):
+            await begin(connection, view, "ana", "because")
+            assert (await rebuilt(connection, view)).state == "switched"
+    check_views(database.owner)
+
+
+async def test_what_is_written_while_a_build_is_filled_is_taken_by_the_projector(
+    database: Database, pool: Pool, history: History
+) -> None:
+    streams = [history.open() for _ in range(FILL_EVENTS)]
+    await project_all(Projector(pool, VIEWS), history)
+    async with pool.connection() as connection:
+        await begin(connection, "sessions", "ana", "because")
+        filling = Filling(pool, "sessions_next")
+        await filling.begin()
+        for stream_id in streams:
+            history.add(SessionActivated(), stream_id)
+        await project_all(Projector(pool, VIEWS), history)
+        await filling.run()
+        assert await rebuild.reached(connection, "sessions_next") == {"demo": len(streams)}
+        async with rebuilding(pool):
+            assert (await rebuilt(connection, "sessions")).state == "switched"
     check_views(database.owner)
 
 
