@@ -4,6 +4,7 @@ It answers with positions, and the ledger holds what stands there: the view keep
 by (`terms.py`) and what facets count. A sealed value is never among them.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,6 +20,7 @@ from projections.segments import Index, Order, pack
 from projections.terms import Condition, event_terms, event_words, has, has_actor, has_stream, has_words, place_terms
 
 WRITE = queries("projections", "audit").write
+VERSION = 1
 
 FACETS_EVENTS_MAX = 10_000
 """How many of the newest events found are counted."""
@@ -121,7 +123,9 @@ async def facets(connection: Connection, ledger_id: UUID, wanted: Filter) -> Fac
         until=wanted.until,
         limit=FACETS_EVENTS_MAX,
         order="desc",
+        counting=True,
     ):
+        await asyncio.sleep(0)  # all of it may take 50 ms, and others wait for this process
         counted += len(segment.positions)
         for name, count in segment.counts.items():
             kind, _, value = name.decode().partition(":")

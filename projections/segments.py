@@ -33,7 +33,7 @@ SPAN_BITS = (10, 15, 20)
 """Spans of 2^10, 2^15 and 2^20 positions: what one search may find too much of is 32 times what it needs."""
 
 COUNTED = (b"type:", b"principal:")
-"""Terms that facets count: read with whatever is found."""
+"""Terms that facets count: read with what is found, where that is to be counted."""
 
 EVERY = b"*"
 """The term that every event has."""
@@ -149,8 +149,9 @@ class Index:
         after: int | None = None,
         limit: int,
         order: Order,
+        counting: bool = False,
     ) -> AsyncIterator[Found]:
-        """Up to `limit` events, beyond `after` in this order, where all conditions hold.
+        """Up to `limit` events, beyond `after` in this order, where all conditions hold; with counts, if `counting`.
 
         `since` is inclusive and `until` exclusive, on the time of recording. Costs at most four look-ups, each of
         which finds some 64 times `limit` at most, unless what is looked for is unevenly spread.
@@ -165,6 +166,7 @@ class Index:
                 "ledger_id": ledger_id,
                 "query": f"{stretch.span} & {_query(conditions)}",
                 "asked": texts({term.decode() for condition in conditions for terms in condition for term in terms}),
+                "weights": "{a,b}" if counting else "{a}",
                 "first": stretch.first,
                 "end": stretch.end,
                 "limit": limit + 2,  # of the two at the ends of the stretch, what is found may lie outside
@@ -205,7 +207,7 @@ def _found(
         for condition in conditions
     ]
     inside = range(stretch.first - first + 1, stretch.end - first + 1)
-    here = sorted(set.intersection(*fulfilled).intersection(inside), reverse=order == "desc")[:limit]
+    here = [place for place in sorted(set.intersection(*fulfilled), reverse=order == "desc") if place in inside][:limit]
     counts = {term: len(at.intersection(here)) for term, at in places.items() if term.startswith(COUNTED)}
     return Found([first + place - 1 for place in here], counts)
 

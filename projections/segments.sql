@@ -1,9 +1,10 @@
 -- name: find
 -- The nearest segments with an event that has all the terms, in one span: where they begin, and of their terms those
--- asked for (which get weight A) and those that are counted (B, see segments.py). Nothing but the terms may choose
--- the plan: the planner knows neither how rare they are nor that they name the ledger and the span, and with an ORDER
--- BY in sight it would walk the primary key and filter. OFFSET 0 keeps it from looking inside.
-SELECT nearest.first, tsvectorsend(ts_filter(setweight(nearest.terms, 'A', %(asked)s), '{{a,b}}'))
+-- asked for (which get weight A) and, where it is wanted, those that are counted (B, see segments.py), which may be
+-- hundreds. Nothing but the terms may choose the plan: the planner knows neither how rare they are nor that they name
+-- the ledger and the span, and with an ORDER BY in sight it would walk the primary key and filter. OFFSET 0 keeps it
+-- from looking inside.
+SELECT nearest.first, tsvectorsend(ts_filter(setweight(nearest.terms, 'A', %(asked)s), %(weights)s::"char"[]))
 FROM (
     SELECT found.first, found.terms
     FROM (

@@ -4,6 +4,7 @@ import random
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from ledger.values import Actor, AgentDescription, Artifact, Principal, Ref, Usa
 from projections import Projector, audit, records, segments, terms
 from projections.audit import Facets, Filter
 from projections.segments import Order
+from tests.conftest import Database
 from tests.projections.conftest import AGENT, History, NewHistory, project_all, rows_read
 
 ANN = Actor(issuer="https://id.example", sub="ann", kind="human", assurance="authenticated")
@@ -370,6 +372,20 @@ async def test_another_project_sees_nothing_of_it(
         assert await found(reader, other, **wanted) == []
     assert await recorded(reader, other, session_id=session_id) == []
     assert await found(reader, history, actor="agent-7") == [1, 2]
+
+
+async def test_what_is_found_costs_no_more_where_the_ledger_is_long(
+    history: History, projector: Projector, reader: Connection, database: Database
+) -> None:
+    history.add(FactRecorded(kind="k", body="rare"))
+    await project_all(projector, history)
+    far = 2**40
+    async with await psycopg.AsyncConnection.connect(database.owner) as owner:
+        await owner.execute(
+            "INSERT INTO audit.segments SELECT ledger_id, %s, recorded_ats, terms FROM audit.segments", [far]
+        )
+    # Within the time that a test has, which is no time to go through so many positions.
+    assert await found(reader, history, q="rare") == [1, far]
 
 
 async def test_a_search_reads_little_more_than_it_finds_also_beside_a_large_project(
