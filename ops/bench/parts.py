@@ -5,7 +5,6 @@ Everything that a row of the table compares is measured in the same part, in tur
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -17,30 +16,25 @@ import psycopg
 from psycopg import sql
 
 from ops.bench import approvals, serving, table
+from ops.bench.burst import burst
 from ops.bench.load import requests
 from ops.bench.peers import PgBench, queue, stock
-from ops.bench.serving import PROJECT, Server
+from ops.bench.rebuilding import rebuilding
+from ops.bench.scale import scale
+from ops.bench.serving import PROJECT, Server, settled
 from ops.bench.stage import BenchError, Figures, Measure, Stage, run
 from ops.bench.tasks import SUBMITTED_EVERY_SECONDS
-from projections import VIEWS
+from ops.bench.telemetry import telemetry
 
 EVENTS_PER_SECOND = 2000
 BATCH_CONNECTIONS = 16
 REPLAYED_UNITS = 600
-SETTLED_SECONDS_MAX = 120
 FILLED_SECONDS = 3.0
 """Where a measurement takes less, it is a trial of the bench itself: there are as many fewer approvals, and tasks."""
 TASKS = 10_000
 SUBMITTERS = 32
 TASK_WORKERS = 100
 AGENTS = 119
-
-_BEHIND = """
-SELECT v.view, l.size - coalesce(p.position, 0)
-FROM ledger.ledgers l CROSS JOIN unnest(%s::text[]) AS v (view)
-LEFT JOIN projections.positions p ON p.ledger_id = l.ledger_id AND p.view = v.view
-WHERE l.project_id = %s AND coalesce(p.position, 0) < l.size
-"""
 
 _SINCE = """
 SELECT count(*), count(*) FILTER (WHERE became <> '{TaskSubmitted,TaskClaimed,TaskCompleted}') FROM (
@@ -243,7 +237,14 @@ PARTS: dict[str, Callable[[Stage], AbstractContextManager[Measures]]] = {
     "tasks": tasks,
     "agents": agents,
     "redis": redis,
+    "rebuilding": rebuilding,
+    "burst": burst,
+    "telemetry": telemetry,
+    "scale": scale,
 }
+
+ONLY_NAMED = ("rebuilding", "scale")
+"""Parts that take so long that they only run when they are named."""
 
 
 class Peers:
@@ -301,16 +302,6 @@ def all_completed_once(url: str, after: int, tasks: int) -> None:
         found = connection.execute(_SINCE, [PROJECT, after]).fetchone()
     if found != (tasks, 0):
         raise BenchError(f"{tasks} tasks were completed; the ledger has others (all streams, those not so): {found}")
-
-
-def settled(stage: Stage, database: str) -> None:
-    """Return when the views have caught up, so that nobody is measured against the work of the one before."""
-    deadline = time.monotonic() + SETTLED_SECONDS_MAX
-    with psycopg.connect(stage.owner(database), autocommit=True) as connection:
-        while behind := connection.execute(_BEHIND, [list(VIEWS), PROJECT]).fetchall():
-            if time.monotonic() > deadline:
-                raise BenchError(f"the views did not catch up within {SETTLED_SECONDS_MAX} s: {behind}")
-            time.sleep(0.05)
 
 
 @contextmanager

@@ -10,24 +10,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from api.auth import development_token
 from ops.bench.stage import BenchError, Figures, Stage, environment, run
 from ops.up import SUPERVISED
+from projections import VIEWS
 
 CONNECTIONS = 64
 STARTED_SECONDS_MAX = 60
 PROJECT = "bench"
+SETTLED_SECONDS_MAX = 120
+
+_BEHIND = """
+SELECT v.view, l.size - coalesce(p.position, 0)
+FROM ledger.ledgers l CROSS JOIN unnest(%s::text[]) AS v (view)
+LEFT JOIN projections.positions p ON p.ledger_id = l.ledger_id AND p.view = v.view
+WHERE l.project_id = %s AND coalesce(p.position, 0) < l.size
+"""
 
 
 class Server:
     """Something that answers HTTP on `port`."""
 
     def __init__(self, stage: Stage, port: int, token: str, pid: int) -> None:
-        self._stage, self._port, self.token, self._pid = stage, port, token, pid
+        self._stage, self.port, self.token, self._pid = stage, port, token, pid
 
-    def load(self, what: str, connections: int = CONNECTIONS) -> tuple[Figures, int]:
+    def load(self, what: str, connections: int = CONNECTIONS, seconds: float | None = None) -> tuple[Figures, int]:
         """What was answered each second, and how many items were sent in all, warm-up included."""
-        return self._load(connections, what=what)
+        return self._load(connections, seconds, what=what)
 
     def send_all(self, file: Path) -> None:
         """Send each request in `file` once."""
@@ -40,13 +51,13 @@ class Server:
     def meet(self, program: str, **told: Any) -> tuple[Figures, int]:
         """What a program measured of this server, and what it sent in all; the CPU time is the server's."""
         worked = cpu_seconds(self._pid)
-        (figures,) = run((program, {"port": self._port} | told))
+        (figures,) = run((program, {"port": self.port} | told))
         worked = cpu_seconds(self._pid) - worked
         sent: int = figures.pop("sent")
         return Figures(**figures | {"cpu_seconds": worked * figures["count"] / sent}), sent
 
-    def _load(self, connections: int = CONNECTIONS, **told: str) -> tuple[Figures, int]:
-        seconds = self._stage.seconds
+    def _load(self, connections: int = CONNECTIONS, seconds: float | None = None, **told: str) -> tuple[Figures, int]:
+        seconds = seconds or self._stage.seconds
         return self.meet("load", token=self.token, connections=connections, seconds=seconds, **told)
 
 
@@ -71,11 +82,23 @@ def api(stage: Stage, database: str, **settings: str) -> Iterator[Server]:
 
 
 @contextmanager
-def worker(stage: Stage, database: str) -> Iterator[None]:
+def worker(stage: Stage, database: str, **settings: str) -> Iterator[None]:
     """One worker process of Muniment: every view follows."""
-    told = ours(stage) | {"DATABASE_URL": stage.worker(database)}
+    told = ours(stage) | {"DATABASE_URL": stage.worker(database)} | settings
     with process([sys.executable, "-P", "-m", "ops.cli", "worker", SUPERVISED], told):
         yield
+
+
+def settled(stage: Stage, database: str, seconds_max: float = SETTLED_SECONDS_MAX) -> float:
+    """Return when the views have caught up, so that nobody is measured against the work of the one before; how long
+    that took, in seconds."""
+    begun = time.monotonic()
+    with psycopg.connect(stage.owner(database), autocommit=True) as connection:
+        while behind := connection.execute(_BEHIND, [list(VIEWS), PROJECT]).fetchall():
+            if time.monotonic() - begun > seconds_max:
+                raise BenchError(f"the views did not catch up within {seconds_max:g} s: {behind}")
+            time.sleep(0.05)
+    return time.monotonic() - begun
 
 
 def ours(stage: Stage) -> dict[str, str]:

@@ -41,6 +41,10 @@ class Figures(msgspec.Struct, frozen=True):
     def rate(self) -> float:
         return self.count / self.seconds
 
+    @property
+    def cpu_us(self) -> float | None:
+        return self.cpu_seconds / self.count * 1e6 if self.cpu_seconds else None
+
 
 Measure = Callable[[], Figures]
 
@@ -50,23 +54,31 @@ class BenchError(Exception):
 
 
 class Stage:
-    """A server that is thrown away at the end. `seconds`: how long each measurement takes."""
+    """A server that is thrown away at the end. `seconds`: how long each measurement takes; `events`: how large a large
+    ledger is, and `keep`: a directory where that is kept for a later run."""
 
-    def __init__(self, directory: Path, seconds: float) -> None:
+    def __init__(self, directory: Path, seconds: float, events: int = 0, keep: Path | None = None) -> None:
         self.directory = directory
         self.seconds = seconds
+        self.events = events
+        self.keep = keep
         self.server = EmbeddedServer(directory / "home", durable=True)
         self.keys = directory / "keys"
         self._databases = 0
 
-    def new_database(self) -> str:
+    def new_database(self, name: str | None = None) -> str:
         """The name of a fresh database with our tables, for one ledger's worth of measuring."""
         self._databases += 1
-        name = f"bench_{self._databases}"
+        name = name or f"bench_{self._databases}"
         with psycopg.connect(self.server.url(), autocommit=True) as connection:
+            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {}").format(sql.Identifier(name)))
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-        asyncio.run(migrate(self.server.url(OWNER, name)))
-        return name
+        return self.migrated(name)
+
+    def migrated(self, database: str) -> str:
+        """The name of a database whose tables are those of today."""
+        asyncio.run(migrate(self.server.url(OWNER, database)))
+        return database
 
     def owner(self, database: str) -> str:
         return self.server.url(OWNER, database)
@@ -99,18 +111,31 @@ class Stage:
 
 
 @contextmanager
-def open_stage(seconds: float) -> Iterator[Stage]:
+def open_stage(seconds: float, events: int = 0, keep: Path | None = None) -> Iterator[Stage]:
     """A stage on a real disk: a temporary directory is often in memory, where nothing is durable."""
     roots = [Path(root) for root in ("/var/tmp", tempfile.gettempdir())]  # noqa: S108  (mkdtemp, mode 0700)
     directory = Path(tempfile.mkdtemp(prefix="muniment-bench-", dir=next(root for root in roots if root.is_dir())))
     try:
-        directory.chmod(0o711)  # as root, the server runs under another account
-        (directory / "home").mkdir()
-        stage = Stage(directory, seconds)
-        with stage.server:
+        with _on(Stage(directory, seconds, events, keep)) as stage:
             yield stage
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def kept_stage(directory: Path, seconds: float) -> Iterator[Stage]:
+    """A stage in a directory that stays, with whatever databases an earlier run left there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with _on(Stage(directory.resolve(), seconds)) as stage:
+        yield stage
+
+
+@contextmanager
+def _on(stage: Stage) -> Iterator[Stage]:
+    stage.directory.chmod(0o711)  # as root, the server runs under another account
+    (stage.directory / "home").mkdir(exist_ok=True)
+    with stage.server:
+        yield stage
 
 
 class Program:

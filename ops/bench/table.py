@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from ops.bench.scale import QUESTIONS, SMALL_EVENTS
 from ops.bench.stage import Figures
 
 Results: TypeAlias = Mapping[str, Sequence[Figures] | str]
@@ -17,18 +18,25 @@ Results: TypeAlias = Mapping[str, Sequence[Figures] | str]
 
 
 class Row(msgspec.Struct, frozen=True):
-    """`over` / `under` is to be at least `at_least`; or, absolute, `of` of `over`: a time at most `at_least` ms."""
+    """`over` / `under` is to be at least `at_least`, or, of times, at most; without `under` it is `over` alone.
+
+    What is compared is the rate, and of `over` alone the p99, unless `of` says otherwise.
+    """
 
     text: str
     over: str
     under: str | None
     at_least: float | None = None
     aim: float | None = None
-    of: Literal["p99_ms", "p95_ms", "rate"] = "p99_ms"
+    of: Literal["p99_ms", "p95_ms", "seconds", "cpu_us", "rate"] | None = None
+
+    @property
+    def compared(self) -> str:
+        return self.of or ("p99_ms" if self.under is None else "rate")
 
     @property
     def is_time(self) -> bool:
-        return self.under is None and self.of != "rate"
+        return self.compared != "rate"
 
 
 QUEUES = ("procrastinate", "pgqueuer", "pg-boss")
@@ -105,6 +113,70 @@ ROWS = {
     "redis": [
         Row("replays of old ids over HTTP, with the Redis copy / without", "replays, Redis copy", "replays, no Redis"),
     ],
+    "rebuilding": [
+        Row(
+            "sessions filled from a million events / a pure-SQL aggregation over jsonb of the same rows",
+            *("sessions filled", "sessions by SQL over jsonb", 0.6, 0.8),
+        ),
+        Row(
+            "all views filled, one after the other (events a second, absolute)",
+            *("all views filled", None, 50_000),
+            of="rate",
+        ),
+        Row(
+            "memory of the process that fills, when a quarter is taken / at the end",
+            *("MB at a quarter", "MB at the end", 0.9),
+        ),
+        Row(
+            "command p99 at 1,000 events/s while sessions are rebuilt / without",
+            *("commands, sessions rebuilt", "commands, nothing rebuilt", 2),
+            of="p99_ms",
+        ),
+        Row(
+            "the longest read within half a second of the switch (ms, absolute)",
+            *("reads at the switch, the longest", None, 50),
+        ),
+    ],
+    "burst": [
+        Row(
+            "from the end of a burst until every view has all of it (s, absolute)",
+            "backlog of a burst",
+            None,
+            60,
+            of="seconds",
+        ),
+        Row(
+            "commit to visible in every view, p99 at half the sustained rate (ms, absolute)",
+            "visible at half the sustained rate",
+            None,
+            50,
+        ),
+    ],
+    "telemetry": [
+        Row("`POST /commands`, scraped every second / not at all", "commands, scraped", "commands, unwatched", 0.94),
+        Row("`POST /commands`, traces of 1 % sent / none", "commands, traced", "commands, unwatched", 0.88),
+        Row(
+            "`POST /commands`, scraped every second / not at all: processor time of the API",
+            *("commands, scraped", "commands, unwatched", 1.06),
+            of="cpu_us",
+        ),
+        Row(
+            "`POST /commands`, traces of 1 % sent / none: processor time of the API",
+            *("commands, traced", "commands, unwatched", 1.14),
+            of="cpu_us",
+        ),
+    ],
+    "scale": [
+        *(
+            Row(
+                f"{question}: p99 in the large ledger / in the small one",
+                *(f"{question}, large", f"{question}, small", 2),
+                of="p99_ms",
+            )
+            for question in QUESTIONS
+        ),
+        Row("appends to the large ledger / to the small one", "appends, large", "appends, small", 0.8),
+    ],
 }
 
 NOTES = {
@@ -122,6 +194,24 @@ NOTES = {
         "- agents: each opens a session, submits and claims a task, asks, is answered, uses it, completes and closes,",
         "  again and again without a pause, beside a person who decides; all that was acknowledged is then looked for",
         "  in the ledger",
+    ],
+    "rebuilding": [
+        "- rebuilding: a million events (fewer in rounds under 3 s) in one ledger, views that have taken all of them,",
+        "  and a worker; the aggregation is of the same rows as jsonb, made before, into a table without an index; to",
+        "  fill is from the request to rebuild until all events are in the build, in the view's own rows, with",
+        "  its primary keys; sessions rebuilt is until the switch, with indexes and the comparison with a replay",
+    ],
+    "burst": [
+        "- burst: 100 commands a request on 16 connections for a minute (as long as 20 measurements); the sustained",
+        "  rate is what came in it, by the time from its begin until every view had all of it",
+    ],
+    "telemetry": [
+        "- telemetry: one command a request; what is counted is counted in either case, and traces are sent to a",
+        "  collector on this machine",
+    ],
+    "scale": [
+        f"- the small ledger has {SMALL_EVENTS:,} events (or a tenth of the large one's), the other one as many as",
+        "  --events says, and each what the rounds append; a session to five events; over HTTP, one question at a time",
     ],
 }
 """What was compared, where the row does not say it."""
@@ -151,9 +241,10 @@ def measured(row: Row, results: Results) -> list[float] | str:
             return figures
     assert not isinstance(over, str)
     assert not isinstance(under, str)
+    values, others = ([getattr(one, row.compared) or 0.0 for one in rounds] for rounds in (over, under))
     if row.under is None:
-        return [getattr(figures, row.of) or 0.0 for figures in over]
-    return [one.rate / other.rate for one, other in zip(over, under, strict=True)]
+        return values
+    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def _verdict(row: Row, value: float) -> str:
@@ -168,7 +259,10 @@ def _verdict(row: Row, value: float) -> str:
 def _goal(row: Row, goal: float | None) -> str:
     if goal is None:
         return ""
-    return f"at most {goal:g} ms" if row.is_time else f"{goal:g}"
+    if not row.is_time:
+        return f"{goal:g}"
+    unit = "" if row.under else " s" if row.compared == "seconds" else " ms"
+    return f"at most {goal:g}{unit}"
 
 
 def figures(results: Results) -> list[str]:
@@ -181,7 +275,7 @@ def figures(results: Results) -> list[str]:
         rates = [one.rate for one in rounds]
         p50 = _middle([one.p50_ms for one in rounds if one.p50_ms])
         p99 = _middle([one.p99_ms for one in rounds if one.p99_ms])
-        cpu = _middle([one.cpu_seconds / one.count * 1e6 for one in rounds if one.cpu_seconds])
+        cpu = _middle([one.cpu_us for one in rounds if one.cpu_us])
         lines.append(
             f"| {name} | {median(rates):,.0f} | {min(rates):,.0f} - {max(rates):,.0f} | {p50} | {p99} | {cpu} |"
         )

@@ -11,11 +11,12 @@ from uuid import uuid4
 
 import pytest
 
+from ledger import store
 from ledger.commands import ClaimTasks, CompleteTask, SubmitTask
 from ledger.committer import Committer
 from ledger.postgres import open_pool
 from ledger.vault import Vault
-from ops.bench import mix, table
+from ops.bench import mix, scale, table
 from ops.bench.agents import Log, look_for
 from ops.bench.parts import PARTS, all_completed_once
 from ops.bench.serving import PROJECT
@@ -30,7 +31,7 @@ from tests.conftest import Database
 def test_each_part_fills_its_rows_of_the_table(part: str) -> None:
     if part == "tasks" and not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("pg-boss, which tasks are compared with, needs node and npm, which are not installed")
-    command = [sys.executable, "-m", "ops.bench", part, "--rounds", "1", "--seconds", "0.2"]
+    command = [sys.executable, "-m", "ops.bench", part, "--rounds", "1", "--seconds", "0.2", "--events", "5000"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     for row in table.ROWS[part]:
@@ -113,6 +114,31 @@ def test_a_rate_is_to_be_as_high_and_a_time_as_low_as_the_row_says() -> None:
     assert submitted.endswith("| **1500.0** | 1000.0 - 2000.0 | 1000 |  | reached |")
     assert completed.endswith("| **494.5** | 490.0 - 499.0 | 500 |  | **missed** |")
     assert waited.endswith("| **49.0** | 49.0 - 49.0 | at most 50 ms |  | reached |")
+
+
+def test_of_two_times_the_first_is_to_be_at_most_so_many_times_the_other() -> None:
+    results: dict[str, list[Figures] | str] = dict.fromkeys((row.over for row in table.ROWS["scale"]), "not asked")
+    results |= dict.fromkeys((row.under for row in table.ROWS["scale"] if row.under), "not asked")
+    results["a session by its id, large"] = [Figures(100, 1.0, p99_ms=30.0), Figures(100, 1.0, p99_ms=9.0)]
+    results["a session by its id, small"] = [Figures(100, 1.0, p99_ms=10.0), Figures(100, 1.0, p99_ms=9.0)]
+    assert table.rows(["scale"], results)[2].endswith("| **2.00** | 1.00 - 3.00 | at most 2 |  | reached |")
+    results["a session by its id, large"] = [Figures(100, 1.0, p99_ms=30.0), Figures(100, 1.0, p99_ms=12.0)]
+    assert table.rows(["scale"], results)[2].endswith("| **2.17** | 1.33 - 3.00 | at most 2 |  | **missed** |")
+
+
+async def test_a_ledger_that_was_filled_in_part_is_gone_on_with(database: Database, tmp_path: Path) -> None:
+    for events in (400, 700):
+        async with open_pool(database.api) as pool, pool.connection() as connection:
+            ledger = await store.find_ledger(connection, PROJECT)
+        await scale.fill(database.api, str(tmp_path), ledger.size if ledger else 0, events)
+    async with open_pool(database.api) as pool, pool.connection() as connection:
+        ledger = await store.find_ledger(connection, PROJECT)
+        assert ledger is not None
+        assert 700 < ledger.size <= 700 + mix.UNIT_COMMANDS
+        known = await scale.look_around(connection, PROJECT)
+    assert known.session_ids
+    assert known.tickets
+    assert known.times
 
 
 def test_a_task_that_two_workers_have_is_noticed() -> None:
