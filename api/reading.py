@@ -231,9 +231,9 @@ def _of_nothing(call: Call, query: Fresh, name: str) -> None:
         raise errors.ViewBehind(view=name, position=0, wanted=query.min_position)
     if isinstance(query, Dated) and _of_the_past(query):
         if query.as_of is not UNSET and query.as_of > call.api.committer.clock.now():
-            raise _future("as_of", "it is in the future")
+            raise _no_moment("as_of", "it is in the future")
         if query.as_of_position is not UNSET and query.as_of_position > 0:
-            raise _future("as_of_position", "it is in the future: nothing is recorded yet")
+            raise _no_moment("as_of_position", "it is in the future: nothing is recorded yet")
 
 
 # The past
@@ -246,7 +246,7 @@ class ViewOfThePresent(errors.ViewBehind):
     template = "The view {view} is being built again by a newer release; until then it tells only what is. Ask again."
 
 
-def _future(name: str, detail: str) -> MalformedRequest:
+def _no_moment(name: str, detail: str) -> MalformedRequest:
     return MalformedRequest([{"pointer": name, "detail": detail}])
 
 
@@ -260,6 +260,11 @@ def _of_the_past(query: Dated) -> bool:
     if named and any(waits.values()):
         detail = f"what is asked of the past (`{named[0]}`) is not waited for; send one of them"
         raise MalformedRequest([{"pointer": name, "detail": detail} for name, said in waits.items() if said])
+    if query.as_of is not UNSET:
+        try:
+            query.as_of.astimezone(UTC)
+        except OverflowError:
+            raise _no_moment("as_of", "in UTC it is not within the years 1 to 9999") from None
     return bool(named)
 
 
@@ -278,7 +283,7 @@ async def as_of(call: Call, query: Dated) -> Past | None:
             async with call.connection() as connection:
                 found = await past.find(connection, call.ledger_id, query.as_of)
             if query.as_of > found.now:
-                raise _future("as_of", f"it is in the future: it is {stamp(found.now)}")
+                raise _no_moment("as_of", f"it is in the future: it is {stamp(found.now)}")
             if not found.unsettled_seconds:
                 return Past(found.position, query.as_of)
             if loop.time() >= until:
@@ -289,7 +294,7 @@ async def as_of(call: Call, query: Dated) -> Past | None:
         at = await past.time_of(connection, call.ledger_id, query.as_of_position)
         if at is None and query.as_of_position:
             head = await store.head(connection, call.ledger_id)
-            raise _future("as_of_position", f"it is in the future: the last position is {head.size}")
+            raise _no_moment("as_of_position", f"it is in the future: the last position is {head.size}")
     return Past(query.as_of_position, at or datetime.min.replace(tzinfo=UTC))
 
 
