@@ -54,7 +54,6 @@ Status = Literal["pending", "active", "completed", "failed", "expired", "cancell
 class Command(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="type"):
     """What every command may carry besides its own fields."""
 
-    target_field: ClassVar[str]
     stream_type: ClassVar[str]
     creates: ClassVar[bool] = False
     roles: ClassVar[frozenset[str] | None]
@@ -71,7 +70,7 @@ class Command(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=Tr
     @property
     def target(self) -> UUID | None:
         """The stream this command is about, where the caller named it."""
-        named = getattr(self, self.target_field)
+        named = getattr(self, f"{self.stream_type}_id")
         return named if isinstance(named, UUID) else None
 
     @property
@@ -80,16 +79,19 @@ class Command(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=Tr
         return ()
 
 
-class OpenSession(Command, kw_only=True, tag=True):
+class OfSession(Command, kw_only=True):
+    stream_type = "session"
+
+    session_id: UUID | UnsetType = UNSET
+
+
+class OpenSession(OfSession, kw_only=True, tag=True):
     """Open a session: one agent at work, until it ends or its time runs out."""
 
-    target_field = "session_id"
-    stream_type = "session"
     creates = True
     roles = frozenset({"agent"})
 
     agent_role: Line
-    session_id: UUID | UnsetType = UNSET
     task_id: Line | None = None
     metadata: Json = field(default_factory=dict)
     labels: Labels = field(default_factory=dict)
@@ -102,14 +104,11 @@ class OpenSession(Command, kw_only=True, tag=True):
         return (self.parent_session_id,) if self.parent_session_id else ()
 
 
-class ChangeSession(Command, kw_only=True, tag=True):
+class ChangeSession(OfSession, kw_only=True, tag=True):
     """Change a session: its status, the work it is bound to, its metadata; all of it or nothing."""
 
-    target_field = "session_id"
-    stream_type = "session"
     roles = frozenset({"agent"})
 
-    session_id: UUID | UnsetType = UNSET
     status: Status | UnsetType = UNSET
     task_id: Line | UnsetType | None = UNSET
     metadata: Json | UnsetType = UNSET
@@ -117,33 +116,26 @@ class ChangeSession(Command, kw_only=True, tag=True):
     force: bool = False
 
 
-class CancelSession(Command, kw_only=True, tag=True):
+class CancelSession(OfSession, kw_only=True, tag=True):
     """Cancel a session; with `cascade` every session below it too."""
 
-    target_field = "session_id"
-    stream_type = "session"
     roles = frozenset({"agent", "operator"})
 
-    session_id: UUID | UnsetType = UNSET
     reason: Text | None = None
     cascade: bool = False
 
 
-class AnnotateSession(Command, kw_only=True, tag=True):
+class AnnotateSession(OfSession, kw_only=True, tag=True):
     """Add a remark to a session, whatever its state."""
 
-    target_field = "session_id"
-    stream_type = "session"
     roles = frozenset({"agent"})
 
     text: Text
-    session_id: UUID | UnsetType = UNSET
 
 
 class Record(Command, kw_only=True, tag=True):
     """Record a plain fact: a message, a model call, a tool call, anything that happened."""
 
-    target_field = "record_id"
     stream_type = "record"
     creates = True
     roles = frozenset({"agent"})
@@ -184,16 +176,19 @@ class Start(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lease_id: UUID | None = None
 
 
-class SubmitTask(Command, kw_only=True, tag=True):
+class OfTask(Command, kw_only=True):
+    stream_type = "task"
+
+    task_id: UUID | UnsetType = UNSET
+
+
+class SubmitTask(OfTask, kw_only=True, tag=True):
     """Submit work: handed out to a worker by kind, or with `start` begun by the caller at once."""
 
-    target_field = "task_id"
-    stream_type = "task"
     creates = True
     roles = frozenset({"agent"})
 
     kind: Kind
-    task_id: UUID | UnsetType = UNSET
     session_id: UUID | None = None
     payload: Any = None
     priority: Annotated[int, Meta(ge=0, le=9)] = 5
@@ -208,98 +203,83 @@ class SubmitTask(Command, kw_only=True, tag=True):
         return (self.session_id,) if self.session_id else ()
 
 
-class ClaimTasks(Command, kw_only=True, tag=True):
+class ClaimTasks(OfTask, kw_only=True, tag=True):
     """Claim work: up to `n` tasks of these kinds, or one by its id. What is claimed is leased to the caller alone."""
 
-    target_field = "task_id"
-    stream_type = "task"
     roles = frozenset({"agent"})
 
     worker: Line
     kinds: Annotated[tuple[Kind, ...], Meta(min_length=1, max_length=100)] | UnsetType = UNSET
-    task_id: UUID | UnsetType = UNSET
     session_id: UUID | None = None
     n: Annotated[int, Meta(ge=1, le=100)] = 1
     lease_seconds: Seconds = LEASE_SECONDS
 
 
-class CompleteTask(Command, kw_only=True, tag=True):
+class CompleteTask(OfTask, kw_only=True, tag=True):
     """Say what came out of a task that is leased to the caller."""
 
-    target_field = "task_id"
-    stream_type = "task"
     roles = frozenset({"agent"})
 
     lease_id: UUID
-    task_id: UUID | UnsetType = UNSET
     result: Any = None
     is_error: bool = False
 
 
-class FailTask(Command, kw_only=True, tag=True):
+class FailTask(OfTask, kw_only=True, tag=True):
     """Say that the attempt failed: it is tried again, or dead once its attempts are used up or cannot help."""
 
-    target_field = "task_id"
-    stream_type = "task"
     roles = frozenset({"agent"})
 
     lease_id: UUID
-    task_id: UUID | UnsetType = UNSET
     error: Any = None
     retryable: bool = True
 
 
-class SuspendTask(Command, kw_only=True, tag=True):
+class SuspendTask(OfTask, kw_only=True, tag=True):
     """Wait for an approval of this task without holding its lease; any decision of it resumes the task."""
 
-    target_field = "task_id"
-    stream_type = "task"
     roles = frozenset({"agent"})
 
     lease_id: UUID
     approval_id: UUID
-    task_id: UUID | UnsetType = UNSET
 
     @property
     def reads(self) -> tuple[UUID, ...]:
         return (self.approval_id,)
 
 
-class CancelTask(Command, kw_only=True, tag=True):
+class CancelTask(OfTask, kw_only=True, tag=True):
     """Cancel a task that has not ended; its worker's result will come too late."""
 
-    target_field = "task_id"
-    stream_type = "task"
     roles = frozenset({"agent", "operator"})
 
-    task_id: UUID | UnsetType = UNSET
     reason: Text | None = None
 
 
-class RedriveTask(Command, kw_only=True, tag=True):
+class RedriveTask(OfTask, kw_only=True, tag=True):
     """Take a task out of the dead letters and offer it again."""
 
-    target_field = "task_id"
-    stream_type = "task"
     roles = frozenset({"operator"})
 
     reason: Text
-    task_id: UUID | UnsetType = UNSET
 
 
 # Approvals
 
 
-class RequestApproval(Command, kw_only=True, tag=True):
+class OfApproval(Command, kw_only=True):
+    stream_type = "approval"
+
+    approval_id: UUID | UnsetType = UNSET
+
+
+class RequestApproval(OfApproval, kw_only=True, tag=True):
     """Ask people whether this exact action may run. An open request for the same is answered as it is now."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     creates = True
     roles = frozenset({"agent", "importer"})
 
     action: Action
-    approval_id: UUID | UnsetType = UNSET
     session_id: UUID | None = None
     task_id: UUID | None = None
     call_key: Line | None = None
@@ -318,111 +298,83 @@ class RequestApproval(Command, kw_only=True, tag=True):
         return tuple(i for i in (self.session_id, self.task_id) if i)
 
 
-class PresentApproval(Command, kw_only=True, tag=True):
+class PresentApproval(OfApproval, kw_only=True, tag=True):
     """Say that the caller was shown the request, and where."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = frozenset({"approver"})
 
     channel: Line
-    approval_id: UUID | UnsetType = UNSET
 
 
-class CastVote(Command, kw_only=True, tag=True):
+class CastVote(OfApproval, kw_only=True, tag=True):
     """Approve or deny what `digest_seen` commits to. One vote a person, and none by whoever it is asked for."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = None
 
     verdict: Literal["approve", "deny"]
-    approval_id: UUID | UnsetType = UNSET
     digest_seen: Digest | None = None
     reason: Text | None = None
     voter: Voter | None = None
 
 
-class WithdrawVote(Command, kw_only=True, tag=True):
+class WithdrawVote(OfApproval, kw_only=True, tag=True):
     """Take one's vote back while nothing is decided."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = None
 
-    approval_id: UUID | UnsetType = UNSET
 
-
-class EditApproval(Command, kw_only=True, tag=True):
+class EditApproval(OfApproval, kw_only=True, tag=True):
     """Ask about a changed action instead: the request is superseded by a new one of the same requester."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = frozenset({"approver"})
 
     action: Action
-    approval_id: UUID | UnsetType = UNSET
     new_approval_id: UUID | UnsetType = UNSET
     summary: Text | None = None
     reason: Text | None = None
 
 
-class WithdrawApproval(Command, kw_only=True, tag=True):
+class WithdrawApproval(OfApproval, kw_only=True, tag=True):
     """Take a request back: the one who asked."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = frozenset({"agent"})
 
-    approval_id: UUID | UnsetType = UNSET
     reason: Text | None = None
 
 
-class CancelApproval(Command, kw_only=True, tag=True):
+class CancelApproval(OfApproval, kw_only=True, tag=True):
     """End a request that nobody needs to decide any more."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = frozenset({"operator"})
 
-    approval_id: UUID | UnsetType = UNSET
     reason: Text | None = None
 
 
-class RevokeApproval(Command, kw_only=True, tag=True):
+class RevokeApproval(OfApproval, kw_only=True, tag=True):
     """Take an approval back that is not being used."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = frozenset({"approver", "operator"})
 
-    approval_id: UUID | UnsetType = UNSET
     reason: Text | None = None
 
 
-class BeginUse(Command, kw_only=True, tag=True):
+class BeginUse(OfApproval, kw_only=True, tag=True):
     """Begin to run what was approved: it is checked once more, at this moment, that this is it."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = frozenset({"agent"})
 
     execution_id: UUID
     action: Action
-    approval_id: UUID | UnsetType = UNSET
     audience: Line | None = None
 
 
-class RecordOutcome(Command, kw_only=True, tag=True):
+class RecordOutcome(OfApproval, kw_only=True, tag=True):
     """Say what came of an execution."""
 
-    target_field = "approval_id"
-    stream_type = "approval"
     roles = frozenset({"agent"})
 
     execution_id: UUID
     outcome: Literal["ok", "failed"]
-    approval_id: UUID | UnsetType = UNSET
     result: Any = None
 
 

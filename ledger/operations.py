@@ -35,7 +35,6 @@ def may_be_of_a_view(stream_id: UUID) -> bool:
 class OfView(Command, kw_only=True):
     """A command about a view, which is named as its schema is."""
 
-    target_field = "view"
     stream_type = "view"
     roles = frozenset({"operator"})
     asked: ClassVar[Asked]

@@ -34,7 +34,6 @@ class Overdue(NamedTuple):
 
 
 class ExpireSession(Due, kw_only=True, tag=True):
-    target_field = "session_id"
     stream_type = "session"
     verb = "expire"
 
@@ -42,7 +41,6 @@ class ExpireSession(Due, kw_only=True, tag=True):
 
 
 class ExpireTask(Due, kw_only=True, tag=True):
-    target_field = "task_id"
     stream_type = "task"
     verb = "expire"
 
@@ -52,7 +50,6 @@ class ExpireTask(Due, kw_only=True, tag=True):
 class QueueTask(Due, kw_only=True, tag=True):
     """The time to try it again has come."""
 
-    target_field = "task_id"
     stream_type = "task"
     verb = "queue"
 
@@ -63,7 +60,6 @@ class LoseAttempt(Due, kw_only=True, tag=True):
     """Nothing was heard of this lease in time. `deadline` is when it ended as far as events say; that no heartbeat
     has come since is seen under the ledger's lock."""
 
-    target_field = "task_id"
     stream_type = "task"
     verb = "lose"
 
@@ -74,7 +70,6 @@ class LoseAttempt(Due, kw_only=True, tag=True):
 class ResumeTask(Command, kw_only=True, tag=True):
     """The approval that the task waits for was decided, or another one stands `instead` of it."""
 
-    target_field = "task_id"
     stream_type = "task"
     roles = frozenset()
 
@@ -85,7 +80,6 @@ class ResumeTask(Command, kw_only=True, tag=True):
 
 
 class ExpireApproval(Due, kw_only=True, tag=True):
-    target_field = "approval_id"
     stream_type = "approval"
     verb = "expire"
 
@@ -93,7 +87,6 @@ class ExpireApproval(Due, kw_only=True, tag=True):
 
 
 class LapseApproval(Due, kw_only=True, tag=True):
-    target_field = "approval_id"
     stream_type = "approval"
     verb = "lapse"
 
@@ -103,7 +96,6 @@ class LapseApproval(Due, kw_only=True, tag=True):
 class MissOutcome(Due, kw_only=True, tag=True):
     """Nobody said in time what came of the execution."""
 
-    target_field = "approval_id"
     stream_type = "approval"
     verb = "miss"
 
@@ -113,7 +105,6 @@ class MissOutcome(Due, kw_only=True, tag=True):
 class EndApproval(Command, kw_only=True, tag=True):
     """What the approval was asked for has ended."""
 
-    target_field = "approval_id"
     stream_type = "approval"
     roles = frozenset()
 
