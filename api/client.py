@@ -8,20 +8,17 @@ that the server raised. The server's own parts are never imported here: this is 
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime
-from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, cast
 from urllib.parse import quote
 from uuid import UUID
 
 import msgspec
-from msgspec import UNSET, Struct
-from uuid_utils.compat import uuid7
 
-from api.wire import TRY_AGAIN, Json, Tries, Wire, decoded, error_of, strange
+from api.answers import Answer, answers_to, encoded
+from api.wire import PAUSE_SECONDS, Json, Wire, decoded
 from api.work import Work
 from ledger.commands import (
     LEASE_SECONDS,
@@ -49,44 +46,14 @@ from ledger.commands import (
     WithdrawApproval,
     WithdrawVote,
 )
-from ledger.errors import BodyTooLarge, MunimentError
 from ledger.values import Action
 
-BATCH_COMMANDS_MAX = 1000
-BATCH_BYTES_MAX = 8 * 1024 * 1024
 PAGE_ITEMS_MAX = 200
 PAGE_EVENTS_MAX = 1000
 WAIT_TIMEOUT_SECONDS = 30.0
 CHANGE_WAIT_SECONDS = 50
 OPEN_TASK = ("queued", "running", "waiting", "retrying")
-PAUSE_SECONDS = 0.1
-"""Between two waits: a server that is to end answers those who wait at once."""
 
-
-class Answer(Struct, frozen=True, kw_only=True):
-    """What became of one command.
-
-    `body` is what the command's own route answers: the session, record, task or approval as it left that, or the
-    problem where it was refused.
-    `positions` are those of the events it appended, now or, if it is `replayed`, when it was first given.
-    `command_id` is None where it could not be read.
-    """
-
-    command_id: str | None
-    status: int
-    body: Any
-    replayed: bool = False
-    positions: list[int] = []
-    location: str | None = None
-    etag: str | None = None
-
-    @property
-    def error(self) -> MunimentError | None:
-        """Why it was refused, or None."""
-        return error_of(self.status, self.body) if self.status >= 400 else None
-
-
-_answers = msgspec.json.Decoder(list[Answer])
 _objects = msgspec.json.Decoder(Json)
 
 
@@ -153,28 +120,7 @@ class Client:
         A refused command does not stop the others and is not raised: look at `answer.error`. From the
         first one that could not be decided yet (429, 503) all are sent again, so their order holds.
         """
-        waiting = deque((command.command_id, text) for command, text in map(_encoded, commands))
-        answers: list[Answer] = []
-        tries = Tries(self._wire.patience_seconds)
-        while waiting:
-            batch = _first_batch(waiting)
-            if not batch:
-                answers.append(_too_large(str(waiting.popleft()[0])))
-                continue
-            response = await self._wire.exchange("POST", "/commands", content=b"[%b]" % b",".join(batch))
-            decided: list[Answer] = decoded(response, _answers)
-            if len(decided) != len(batch):
-                raise strange(response)
-            for answer in decided:
-                if answer.status in TRY_AGAIN:
-                    error = error_of(answer.status, answer.body)
-                    await tries.pause(error, float(error.retry_after_seconds or 0))
-                    break
-                answers.append(answer)
-                waiting.popleft()
-            else:
-                tries = Tries(self._wire.patience_seconds)
-        return answers
+        return await answers_to(self._wire, commands)
 
     async def open_session(self, agent_role: str, **fields: Any) -> Answer:
         """Open a session; `fields` are those of `OpenSession`."""
@@ -208,7 +154,7 @@ class Client:
         self, worker: str, *, wait_seconds: int = 0, patience_seconds: float | None = None, **fields: Any
     ) -> list[Json]:
         """Claim work, and wait for it if there is none; `fields` are those of `ClaimTasks`. See also `work`."""
-        _, content = _encoded(ClaimTasks(worker=worker, **fields))
+        _, content = encoded(ClaimTasks(worker=worker, **fields))
         response = await self._wire.exchange(
             "POST",
             "/tasks/claim",
@@ -428,31 +374,6 @@ class Client:
         response = await self._wire.exchange("GET", path, params=sent, patience_seconds=patience_seconds)
         body: Json = decoded(response, _objects)
         return body
-
-
-def _encoded(command: Command) -> tuple[Command, bytes]:
-    if command.command_id is UNSET:
-        command.command_id = str(uuid7())
-    return command, msgspec.json.encode(command)
-
-
-def _first_batch(waiting: Iterable[tuple[Any, bytes]]) -> list[bytes]:
-    """As many from the front as one request may carry; none if the first is too large by itself."""
-    batch: list[bytes] = []
-    size = 2
-    for _, text in islice(waiting, BATCH_COMMANDS_MAX):
-        size += len(text) + 1
-        if size > BATCH_BYTES_MAX:
-            break
-        batch.append(text)
-    return batch
-
-
-def _too_large(command_id: str) -> Answer:
-    """What the server would say of a command that no request can carry."""
-    error = BodyTooLarge(limit_bytes=BATCH_BYTES_MAX)
-    body = {"status": error.status, "code": error.code, "title": error.title, "detail": error.detail} | error.params
-    return Answer(command_id=command_id, status=error.status, body=body)
 
 
 def _parameter(value: Any) -> Any:

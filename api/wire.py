@@ -26,6 +26,9 @@ FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
 TRY_AGAIN = (429, 503)
 
+PAUSE_SECONDS = 0.1
+"""Between two that wait: a server that is to end answers those at once."""
+
 Json = dict[str, Any]
 
 # Whether the server saw the request is not known after these, and need not be: the command id decides.

@@ -19,20 +19,19 @@ from uuid import UUID
 
 from uuid_utils.compat import uuid7
 
-from api.wire import Json
+from api.answers import Answer
+from api.wire import PAUSE_SECONDS, Json
 from ledger.commands import Command, CompleteTask, FailTask, SuspendTask
 from ledger.errors import LeaseLost, MunimentError, StoreUnavailable
 
 if TYPE_CHECKING:
-    from api.client import Answer, Client
+    from api.client import Client
 
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 20
 """How long one claim waits at the server."""
 GIVE_BACK_SECONDS = 5
-PAUSE_SECONDS = 0.1
-"""Between two claims that found nothing: a server that is to end answers those who wait at once."""
 
 
 class Assignment:
@@ -68,17 +67,17 @@ class Assignment:
         self.held: asyncio.Task[None] = asyncio.create_task(self._keep(asked_at))
         """Done when the task is not in these hands any more."""
 
-    async def complete(self, result: Any = None, *, is_error: bool = False) -> "Answer":
+    async def complete(self, result: Any = None, *, is_error: bool = False) -> Answer:
         """Say what came out of it."""
         return await self._end(
             CompleteTask(task_id=self.task_id, lease_id=self.lease_id, result=result, is_error=is_error)
         )
 
-    async def fail(self, error: Any = None, *, retryable: bool = True) -> "Answer":
+    async def fail(self, error: Any = None, *, retryable: bool = True) -> Answer:
         """Say that the attempt failed; it is tried again, if it is `retryable` and has attempts left."""
         return await self._end(FailTask(task_id=self.task_id, lease_id=self.lease_id, error=error, retryable=retryable))
 
-    async def suspend(self, approval_id: UUID) -> "Answer":
+    async def suspend(self, approval_id: UUID) -> Answer:
         """Wait for an approval of this task without holding it; a worker gets it again with the `decision`."""
         return await self._end(SuspendTask(task_id=self.task_id, lease_id=self.lease_id, approval_id=approval_id))
 
@@ -86,7 +85,7 @@ class Assignment:
         """Renew the lease no longer: it runs out, unless the task ends before."""
         self.held.cancel()
 
-    async def _end(self, command: Command) -> "Answer":
+    async def _end(self, command: Command) -> Answer:
         # Not while a heartbeat is on its way: it would find no lease any more, and take that for a loss.
         async with self._one_at_a_time:
             try:

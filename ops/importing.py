@@ -22,7 +22,8 @@ from msgspec import Struct, field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from api.client import Answer, Client
+from api.answers import Answer
+from api.client import Client
 from ledger.commands import CancelTask, CastVote, ChangeSession, Command, CompleteTask, OpenSession, Record
 from ledger.errors import Forbidden, IdempotencyKeyReused, MunimentError, NotFound
 from ops.projects import local_settings, local_token

@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from api.auth import development_token
-from api.client import BATCH_BYTES_MAX, Answer, Client
+from api.answers import BATCH_BYTES_MAX, Answer
+from api.client import Client
 from api.problems import problem
 from api.wire import Problem, error_of
 from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Record, Start

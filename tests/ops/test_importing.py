@@ -19,7 +19,8 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from api.client import BATCH_BYTES_MAX, Client
+from api.answers import BATCH_BYTES_MAX
+from api.client import Client
 from ledger.commands import BeginUse
 from ledger.embedded import EmbeddedServer
 from ledger.entry import Recorded, canonical
