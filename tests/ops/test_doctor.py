@@ -21,7 +21,8 @@ from ledger.postgres import Connection, open_pool
 from ledger.settings import Settings
 from ledger.values import Actor
 from ledger.vault import Vault
-from ops.doctor import Finding, _room, examine
+from ops.checks import Finding, _room
+from ops.doctor import examine
 from ops.integrity import FAULTS_MAX, recompute
 from ops.worker import work
 from projections import VIEWS, caught_up
