@@ -14,8 +14,8 @@ import httpx
 import msgspec
 import pytest
 
-from api.auth import development_token
 from api.answers import BATCH_BYTES_MAX, Answer
+from api.auth import development_token
 from api.client import Client
 from api.problems import problem
 from api.wire import Problem, error_of
