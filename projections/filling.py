@@ -62,9 +62,9 @@ class Place(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The next events that say something to the view (position, type, entry, stream, version), and where they lead."""
+    """The next events that say something to the view (position, type, entry), and where they lead."""
 
-    rows: list[tuple[int, str, bytes, UUID, int]]
+    rows: list[tuple[int, str, bytes]]
     reached: Place
 
 
@@ -107,7 +107,8 @@ class Filling:
         looking = asyncio.ensure_future(self._look())
         try:
             while places := await self._places():
-                await self._fill(places[0])
+                for place in places:
+                    await self._fill(place)
         finally:
             looking.cancel()
         async with self._pool.connection() as connection:
@@ -179,12 +180,17 @@ class Filling:
         """The events of a batch, in parts where they are large, and where each part leads."""
         events: list[Recorded] = []
         size = 0
-        for number, (position, kind, entry, stream_id, version) in enumerate(batch.rows, 1):
+        for number, (position, kind, entry) in enumerate(batch.rows, 1):
             payload = await self._payload(place.ledger_id, position) if BESIDE in entry else None
-            events.append(Stored(position, kind, entry, payload).decode())
+            recorded = Stored(position, kind, entry, payload).decode()
+            events.append(recorded)
             size += len(entry) + len(payload or b"")
             if size > BATCH_BYTES_MAX and number < len(batch.rows):
-                yield events, Place(place.ledger_id, place.taken + number, place.upto, stream_id, version)
+                last = recorded.event
+                yield (
+                    events,
+                    Place(place.ledger_id, place.taken + number, place.upto, last.stream_id, last.stream_version),
+                )
                 events, size = [], 0
         yield events, batch.reached
 

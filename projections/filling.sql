@@ -44,7 +44,7 @@ ORDER BY stream_id, stream_version OFFSET %(offset)s::bigint LIMIT 1
 
 -- name: streams
 -- The events of these types up to a position, in the order of streams, from one to another.
-SELECT position, type, entry, stream_id, stream_version FROM ledger.events
+SELECT position, type, entry FROM ledger.events
 WHERE ledger_id = %(ledger_id)s::uuid
 AND (stream_id, stream_version) > (%(stream_id)s::uuid, %(stream_version)s::bigint)
 AND (stream_id, stream_version) <= (%(last_id)s::uuid, %(last_version)s::bigint)
@@ -53,7 +53,7 @@ ORDER BY stream_id, stream_version
 
 -- name: events
 -- All events from one position to another.
-SELECT position, type, entry, stream_id, stream_version FROM ledger.events
+SELECT position, type, entry FROM ledger.events
 WHERE ledger_id = %(ledger_id)s::uuid AND position > %(after)s::bigint AND position <= %(last)s::bigint
 ORDER BY position
 
