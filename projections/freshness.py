@@ -154,27 +154,19 @@ async def health(connection: Connection, views: Collection[str]) -> dict[str, He
     for view, entry in await (await connection.execute(SQL.waiting, values)).fetchall():
         waits[view] = max(waits[view], _seconds_since(entry, now))
     found = {view: said for view, *said in await (await connection.execute(SQL.lag, values)).fetchall()}
-    return {view: _health(runs, waits[view], *found.get(view, (0, [], 0, [], 0.0))) for view in views}
-
-
-def _health(
-    runs: bool,
-    lag_seconds: float,
-    lag_events: int,
-    parked: list[str] | None,
-    drifted: int,
-    drifted_in: list[str] | None,
-    proof_age_seconds: float | None,
-) -> Health:
-    return Health(
-        lag_events=lag_events,
-        lag_seconds=lag_seconds,
-        state="stopped" if not runs else "drifted" if drifted else "degraded" if parked else "running",
-        parked_projects=parked or [],
-        drifted_projects=drifted_in or [],
-        drifted=drifted,
-        proof_age_seconds=proof_age_seconds or 0.0,
-    )
+    healths = {}
+    for view in views:
+        lag, parked, drifted, drifted_in, proof_age = found.get(view, (0, [], 0, [], 0.0))
+        healths[view] = Health(
+            lag_events=lag,
+            lag_seconds=waits[view],
+            state="stopped" if not runs else "drifted" if drifted else "degraded" if parked else "running",
+            parked_projects=parked,
+            drifted_projects=drifted_in,
+            drifted=drifted,
+            proof_age_seconds=proof_age,
+        )
+    return healths
 
 
 def _seconds_since(entry: bytes, now: datetime) -> float:

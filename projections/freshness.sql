@@ -14,10 +14,10 @@ ON d.view = a.view AND d.ledger_id = a.ledger_id AND d.schema = to_regnamespace(
 -- which projects; and for how long no proof says anything of that part of it for which this is longest.
 SELECT
     v.view, sum(l.size - coalesce(p.position, 0))::bigint,
-    array_agg(l.project_id ORDER BY l.project_id) FILTER (WHERE p.parked_position IS NOT NULL),
+    coalesce(array_agg(l.project_id ORDER BY l.project_id) FILTER (WHERE p.parked_position IS NOT NULL), '{}'),
     coalesce(sum(d.drifted), 0)::bigint,
-    array_agg(l.project_id ORDER BY l.project_id) FILTER (WHERE d.drifted > 0),
-    extract(epoch FROM now() - min(coalesce(d.verified_at, l.created_at)) FILTER (WHERE p.position > 0))::float8
+    coalesce(array_agg(l.project_id ORDER BY l.project_id) FILTER (WHERE d.drifted > 0), '{}'),
+    coalesce(extract(epoch FROM now() - min(coalesce(d.verified_at, l.created_at)) FILTER (WHERE p.position > 0)), 0)::float8
 FROM (SELECT u.view, to_regnamespace(u.view)::oid::bigint AS schema FROM unnest(%(views)s) AS u (view)) AS v
 CROSS JOIN ledger.ledgers AS l
 LEFT JOIN projections.positions AS p ON p.view = v.view AND p.ledger_id = l.ledger_id
