@@ -145,39 +145,38 @@ async def search_past(
     reached: int,
 ) -> Page:
     """The same, as of `past`; the view has `reached` that position. `worker` is who had it in hand then."""
-    state = wanted.state
     if wanted.worker is not None:
-        if state not in (None, "running"):
+        if wanted.state not in (None, "running"):
             return Page(tasks=[], next=None)  # nobody has in hand what does not run
-        state = "running"
+        wanted = msgspec.structs.replace(wanted, state="running")
     values = {name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None}
     filters = [getattr(SQL, name) for name in values if name not in ("state", "worker")]
-
-    def query(going_on: bool) -> bytes:
-        in_order: bytes = getattr(SQL, order)
-        rows = [SQL.then, *filters, *([getattr(SQL, f"after_{order}")] if going_on else []), in_order]
-        if state is None:
-            return b"\n".join(rows)
-        if wanted.session_id is not None:
-            return b"\n".join([rows[0], SQL.perhaps_then, *rows[1:]])
-        of = [SQL.then_of.replace(b"{filters}", b"\n".join(filters))] if filters else []
-        rows.insert(1, SQL.since_then)
-        return spans.united(rows, spans.part("tasks", of, order, going_on)) + b"\n" + in_order
-
     tasks, following = await _tasks.past_page(
         connection,
         ledger_id,
         past,
-        query,
-        values | {"state": state, "classes": reached.bit_length()},
+        lambda going_on: _past_list(wanted, filters, order, going_on),
+        values | {"classes": reached.bit_length()},
         limit=limit,
         after=after,
         holds=lambda task: (
-            state in (None, task.state)
+            wanted.state in (None, task.state)
             and (wanted.worker is None or column(task.worker or "") == column(wanted.worker))
         ),
     )
     return Page(tasks=tasks, next=following)
+
+
+def _past_list(wanted: Filter, filters: list[bytes], order: Order, going_on: bool) -> bytes:
+    """What there was: in any state; of a few, what may have been in one; in one since before, or in a span of it."""
+    in_order: bytes = getattr(SQL, order)
+    end = [*filters, *([getattr(SQL, f"after_{order}")] if going_on else []), in_order]
+    if wanted.state is None:
+        return b"\n".join([SQL.then, *end])
+    if wanted.session_id is not None:
+        return b"\n".join([SQL.then, SQL.perhaps_then, *end])
+    of = [SQL.then_of.replace(b"{filters}", b"\n".join(filters))] if filters else []
+    return spans.united([SQL.then, SQL.since_then, *end], spans.part("tasks", of, order, going_on)) + b"\n" + in_order
 
 
 async def attempts(
