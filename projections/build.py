@@ -10,7 +10,9 @@ import gc
 import logging
 import os
 import sys
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -19,7 +21,7 @@ from psycopg.errors import DuplicateTable, UniqueViolation
 from ledger.postgres import Pool, fetch, open_pool, queries
 from projections import VIEWS
 from projections.filling import REST, Filling, anybody_writes
-from projections.projector import TROUBLE, Projector
+from projections.projector import TROUBLE, Projector, Troubles
 from projections.verify import code_version, summed_up, verify
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,20 @@ CLOSE_EVENTS = 1000
 
 class Failed(Exception):
     """The build cannot be made, for this reason."""
+
+
+async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
+    """Do all of this until one has ended, and end the others. Raises what any of them did."""
+    jobs = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.wait(jobs)
+    for job in jobs:
+        if not job.cancelled():
+            job.result()
 
 
 class Told(Struct):
@@ -106,18 +122,14 @@ async def _log(lines: asyncio.StreamReader) -> None:
 
 async def _make(told: Told) -> None:
     """Raises Failed. Without a database, wait for one."""
-    failing = ""
+    troubles = Troubles(log.warning)
     async with open_pool(told.url, connections_max=4) as pool:
         while True:
             try:
-                await Build(pool, told).make()
+                return await Build(pool, told).make()
             except TROUBLE as error:
-                if failing != str(error):
-                    log.warning("a rebuild goes on when the database can be used again: %s", error)
-                failing = str(error)
+                troubles.say("build", f"a rebuild goes on when the database can be used again: {error}")
                 await asyncio.sleep(RETRY_SECONDS)
-            else:
-                return
 
 
 class Build:
@@ -132,16 +144,7 @@ class Build:
         """Raises Failed, and whatever of TROUBLE the database has; it can then be made further."""
         await Filling(self._pool, self._schema).run()
         projector = Projector(self._pool, {self._schema: VIEWS[self._view]}, batch_events_max=CATCH_UP_EVENTS_MAX)
-        jobs = [asyncio.ensure_future(projector.run()), asyncio.ensure_future(self._index_and_compare())]
-        try:
-            await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for job in jobs:
-                job.cancel()
-            await asyncio.wait(jobs)
-        for job in jobs:
-            if not job.cancelled():
-                job.result()
+        await until_one_ends(projector.run(), self._index_and_compare())
 
     async def _index_and_compare(self) -> None:
         await self._come_near()

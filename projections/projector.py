@@ -10,7 +10,7 @@ What a view makes of an event may not stand here.
 import asyncio
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
@@ -51,6 +51,21 @@ machine busy, a batch takes long without costing much."""
 
 TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycopg.ProgrammingError)
 """The database's trouble, not an event's: it is tried again, and nothing is parked."""
+
+
+class Troubles:
+    """What is wrong, by topic: logged when it begins or changes, not each time it is met."""
+
+    def __init__(self, log: Callable[..., None]) -> None:
+        self._log = log
+        self._said: dict[object, str] = {}
+
+    def say(self, topic: object, text: str, error: Exception | None = None) -> None:
+        """Nothing is wrong where `text` is empty."""
+        if self._said.pop(topic, "") != text and text:
+            self._log(text, exc_info=error)
+        if text:
+            self._said[topic] = text
 
 
 class Memory(dict[UUID, Any]):
@@ -136,7 +151,7 @@ class Projector:
         self._waiting: asyncio.Queue[UUID] = asyncio.Queue()
         self._look = asyncio.Event()
         self._writes: dict[tuple[str, ...], Statement] = {}
-        self._said: dict[object, str] = {}
+        self._say = Troubles(log.error).say
 
     async def run(self) -> None:
         """Until cancelled; it may be run again. `listen_to`, a connection string without a pooler between, only makes
@@ -383,13 +398,6 @@ class Projector:
             f"the view {name} of ledger {ledger_id} is parked before event {place.position + 1}: {reason}",
             failure,
         )
-
-    def _say(self, topic: object, text: str, error: Exception | None = None) -> None:
-        """Log what is wrong when it begins or changes, not each time it is met."""
-        if self._said.pop(topic, "") != text and text:
-            log.error(text, exc_info=error)
-        if text:
-            self._said[topic] = text
 
 
 def _groups(places: Mapping[str, Place], most: int) -> Iterator[tuple[int, int, list[str]]]:

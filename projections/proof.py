@@ -23,6 +23,7 @@ from psycopg_pool import PoolTimeout
 from ledger.postgres import Connection, Pool, queries
 from ledger.telemetry import counter
 from projections import VIEWS
+from projections.projector import Troubles
 from projections.replay import DEFINITIONS
 from projections.verify import Drift, Verdict, verify
 
@@ -79,13 +80,13 @@ async def verify_for_ever(pool: Pool, proven: Proven) -> None:
 
     Killed anywhere, what was not kept is proven again. What the database cannot do, it will try again.
     """
-    failures: dict[tuple[str, ...], str] = {}
+    troubles = Troubles(log.warning)
     while True:
         due: list[tuple[str, str]] = []
-        with _telling(failures, ()):
+        with _telling(troubles, "views"):
             due = await _due(pool)
         for view, project in due:
-            with _telling(failures, (view, project)):
+            with _telling(troubles, f"{view} of {project}"):
                 async for verdict, is_news in _proofs(pool, view, project, rest=REST):
                     proven.verdicts[view, "holds" if verdict.holds else "differs"] += 1
                     if is_news and verdict.drifts:
@@ -95,15 +96,14 @@ async def verify_for_ever(pool: Pool, proven: Proven) -> None:
 
 
 @contextmanager
-def _telling(failures: dict[tuple[str, ...], str], part: tuple[str, ...]) -> Iterator[None]:
-    """Log what goes wrong when it begins or changes, and go on: others can be proven."""
+def _telling(troubles: Troubles, part: str) -> Iterator[None]:
+    """Say what goes wrong, and go on: others can be proven."""
+    failing = ""
     try:
         yield
-        failures.pop(part, None)
     except (PoolTimeout, psycopg.Error) as error:
-        if failures.get(part) != str(error):
-            log.warning("%s cannot be proven now: %s", " of ".join(part) or "views", error)
-        failures[part] = str(error)
+        failing = f"{part} cannot be proven now: {error}"
+    troubles.say(part, failing)
 
 
 async def _due(pool: Pool) -> list[tuple[str, str]]:

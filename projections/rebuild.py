@@ -31,8 +31,8 @@ from psycopg.errors import UndefinedTable
 from ledger.errors import StoreUnavailable
 from ledger.postgres import Connection, Pool, fetch, queries
 from projections import VIEWS
-from projections.build import Failed, Told, aside
-from projections.projector import TROUBLE, Overtaken, Projector
+from projections.build import Failed, Told, aside, until_one_ends
+from projections.projector import TROUBLE, Overtaken, Projector, Troubles
 
 log = logging.getLogger(__name__)
 
@@ -200,8 +200,9 @@ async def rebuild_for_ever(pool: Pool, ask: Ask = begin) -> None:
 
     First of all, `ask` for those of the views that are of an older version than this release.
     """
-    failing, renewed = "", False
+    troubles, renewed = Troubles(log.warning), False
     while True:
+        failing = ""
         try:
             async with pool.connection() as connection:
                 if not renewed:
@@ -215,11 +216,9 @@ async def rebuild_for_ever(pool: Pool, ask: Ask = begin) -> None:
                 # One that another release began is for its own workers.
                 if view in VIEWS and built_as.get(next_of(view)) == VIEWS[view].VERSION:
                     await _Run(pool, view, number).run()
-            failing = ""
         except (*TROUBLE, StoreUnavailable) as error:
-            if failing != str(error):
-                log.warning("a rebuild goes on when the database can be used again: %s", error)
-            failing = str(error)
+            failing = f"a rebuild goes on when the database can be used again: {error}"
+        troubles.say("rebuild", failing)
         await asyncio.sleep(RETRY_SECONDS if failing else LOOK_SECONDS)
 
 
@@ -266,16 +265,7 @@ class _Run:
     async def _build(self) -> None:
         assert isinstance(self._pool.conninfo, str)
         told = Told(self._pool.conninfo, self._view, self._next, self._number)
-        building, watching = asyncio.ensure_future(aside(told)), asyncio.ensure_future(self._until_ended())
-        try:
-            await asyncio.wait((building, watching), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for job in (building, watching):
-                job.cancel()
-            await asyncio.wait((building, watching))
-        for job in (building, watching):
-            if not job.cancelled():
-                job.result()
+        await until_one_ends(aside(told), self._until_ended())
 
     async def _until_ended(self) -> None:
         while True:

@@ -19,7 +19,7 @@ from ledger.replay import fold_all
 from ledger.values import SYSTEM, Replayed
 from ledger.view import Request, View, unasked
 from projections import VIEWS
-from projections.projector import TROUBLE
+from projections.projector import TROUBLE, Troubles
 from projections.proof import prove
 from projections.rebuild import UNDER_WAY, Impossible, Rebuild, begin, cancel, latest, retry, roll_back, skip
 from projections.verify import summed_up
@@ -60,7 +60,7 @@ class Follower:
         # What may take long, each by itself; the rest is done as it is met.
         self._jobs: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._verifying = asyncio.Lock()
-        self._said: dict[str, str] = {}
+        self._troubles = Troubles(log.warning)
 
     async def follow(self) -> None:
         """Do what is asked. Without a database, or the key of that ledger, wait for it. Ends when cancelled."""
@@ -135,11 +135,7 @@ class Follower:
         return well
 
     def _say(self, what: str, trouble: str) -> None:
-        """Log what is wrong when it begins or changes, not each time it is met."""
-        if self._said.pop(what, "") != trouble and trouble:
-            log.warning("%s will be tried again: %s", what, trouble)
-        if trouble:
-            self._said[what] = trouble
+        self._troubles.say(what, trouble and f"{what} will be tried again: {trouble}")
 
     async def _rebuild(self, connection: Connection, view: View, request: Request, found: Rebuild | None) -> None:
         """Begin it, cancel it, or say what came of it."""
