@@ -19,6 +19,7 @@ of it, is not here (requests.py).
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
@@ -40,6 +41,9 @@ SQL = queries("projections", "rebuild")
 
 LOOK_SECONDS = 0.2
 RETRY_SECONDS = 1.0
+
+AT_ONCE = os.cpu_count() or 1
+"""Each is made by a process of its own, which keeps one processor busy."""
 
 UNDER_WAY = ("filling", "comparing")
 """The states of a rebuild that has not ended."""
@@ -196,30 +200,40 @@ Ask = Callable[[Connection, str, str, str], Awaitable[bool]]
 
 
 async def rebuild_for_ever(pool: Pool, ask: Ask = begin) -> None:
-    """Do what rebuilds are asked for, one after another. Without a database, wait for one. Ends when cancelled.
+    """Do what rebuilds are asked for, as many at once as there are processors. Without a database, wait for one. Ends
+    when cancelled.
 
     First of all, `ask` for those of the views that are of an older version than this release.
     """
     troubles, renewed = Troubles(log.warning), False
-    while True:
-        failing = ""
-        try:
-            async with pool.connection() as connection:
-                if not renewed:
-                    await _renew(connection, ask)
-                    renewed = True
-                for (view,) in await fetch(connection, SQL.left_over):
-                    await _tidy(connection, view)
-                under_way = await fetch(connection, SQL.under_way)
-                built_as = await versions(connection)
-            for view, number in under_way:
-                # One that another release began is for its own workers.
-                if view in VIEWS and built_as.get(next_of(view)) == VIEWS[view].VERSION:
-                    await _Run(pool, view, number).run()
-        except (*TROUBLE, StoreUnavailable) as error:
-            failing = f"a rebuild goes on when the database can be used again: {error}"
-        troubles.say("rebuild", failing)
-        await asyncio.sleep(RETRY_SECONDS if failing else LOOK_SECONDS)
+    jobs: dict[str, asyncio.Task[None]] = {}
+    try:
+        while True:
+            failing = ""
+            try:
+                for view in [view for view, job in jobs.items() if job.done()]:
+                    jobs.pop(view).result()
+                async with pool.connection() as connection:
+                    if not renewed:
+                        await _renew(connection, ask)
+                        renewed = True
+                    for (view,) in await fetch(connection, SQL.left_over):
+                        await _tidy(connection, view)
+                    under_way = await fetch(connection, SQL.under_way)
+                    built_as = await versions(connection)
+                for view, number in under_way:
+                    # One that another release began is for its own workers.
+                    ours = view in VIEWS and built_as.get(next_of(view)) == VIEWS[view].VERSION
+                    if ours and view not in jobs and len(jobs) < AT_ONCE:
+                        jobs[view] = asyncio.create_task(_Run(pool, view, number).run())
+            except (*TROUBLE, StoreUnavailable) as error:
+                failing = f"a rebuild goes on when the database can be used again: {error}"
+            troubles.say("rebuild", failing)
+            await asyncio.sleep(RETRY_SECONDS if failing else LOOK_SECONDS)
+    finally:
+        for job in jobs.values():
+            job.cancel()
+        await asyncio.gather(*jobs.values(), return_exceptions=True)
 
 
 async def _renew(connection: Connection, ask: Ask) -> None:

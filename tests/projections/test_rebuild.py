@@ -193,6 +193,28 @@ async def builder(parent: int, other_than: int = 0) -> int:
     return found.pop()
 
 
+@pytest.mark.skipif(rebuild.AT_ONCE == 1, reason="this machine has one processor")
+async def test_views_are_built_at_the_same_time_where_there_are_processors(
+    database: Database, pool: Pool, history: History
+) -> None:
+    add_at_random(history, 300, 1)
+    await project_all(Projector(pool, VIEWS), history)
+    locked: set[str] = set()
+    async with pool.connection() as connection, damaging(database) as other, rebuilding(pool):
+        for view in ("sessions", "audit"):
+            assert await begin(connection, view, "ana", "because")
+        with deadline(60) as check:
+            # While its place is locked, a build cannot end: the other is not begun because this one has.
+            async with other.transaction():
+                while locked != {"sessions_next", "audit_next"}:
+                    check()
+                    cursor = await other.execute(
+                        "SELECT view FROM projections.positions WHERE view LIKE '%_next' FOR UPDATE SKIP LOCKED"
+                    )
+                    locked |= {view for (view,) in await cursor.fetchall()}
+        assert [(await rebuilt(connection, view)).state for view in ("sessions", "audit")] == ["switched"] * 2
+
+
 @pytest.mark.parametrize("whom", ["worker", "builder"])
 @pytest.mark.parametrize("view", ["sessions", "audit"])
 async def test_killed_anywhere_it_goes_on_from_where_it_was(
@@ -207,7 +229,7 @@ async def test_killed_anywhere_it_goes_on_from_where_it_was(
         "        await rebuild_for_ever(pool)\n"
         "asyncio.run(main())\n"
     )
-    add_at_random(history, 9000, 1)
+    add_at_random(history, 18_000, 1)
     await project_all(Projector(pool, VIEWS), history)
     async with pool.connection() as connection:
         assert await begin(connection, view, "ana", "because")
