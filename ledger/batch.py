@@ -9,7 +9,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from itertools import islice
 from typing import Any
 from uuid import UUID, uuid5
 
@@ -30,7 +29,7 @@ from ledger.errors import (
     RateLimited,
 )
 from ledger.events import CommandRefused, Fact
-from ledger.known import Known, NotLoaded, Offer, Queue, offer
+from ledger.known import Known, NotLoaded, Offers, Queue
 from ledger.operations import OPERATORS, may_be_of_a_view
 from ledger.pending import Pending, Verdict
 from ledger.queue import On, RefusedOnRecord, Rules, Same
@@ -88,8 +87,7 @@ class Batch:
         self.receipts: dict[tuple[str, str], Receipt] = {}
         self.refused: Counter[str] = Counter()
         self._queue = queue
-        self._offers: dict[Offer, deque[UUID]] = {}
-        self._offered_here: dict[str, deque[UUID]] = {}
+        self._offers = Offers(queue, self._is_offered)
         self._deciding: Pending | None = None
 
     def rebase(self, known: Known) -> None:
@@ -142,22 +140,10 @@ class Batch:
         return self._vault.fingerprint(self.project_id, text)
 
     def offered(self, command: ClaimTasks) -> Sequence[UUID]:
-        wanted = offer(command)
-        stored = self._queue.offers.get(wanted)
-        if stored is None:
-            raise NotLoaded(under_lock=command)
-        assert command.kinds is not UNSET
-        left = self._left(self._offers.setdefault(wanted, deque(stored)), command.n)
-        for kind in command.kinds:  # in no order of theirs
-            left += self._left(self._offered_here.get(kind, deque()), None)
-        return list(dict.fromkeys(left))  # one whose time to be tried again has just come is among both
+        return self._offers.to(command)
 
-    def _left(self, offered: deque[UUID], wanted: int | None) -> list[UUID]:
-        """The first tasks of an offer that nobody in this batch has claimed: as many as are wanted, or all."""
-        while offered and self.stream(offered[0]).state not in ("queued", "retrying"):
-            offered.popleft()
-        left = (task_id for task_id in offered if self.stream(task_id).state in ("queued", "retrying"))
-        return list(islice(left, wanted))
+    def _is_offered(self, task_id: UUID) -> bool:
+        return self.stream(task_id).state in ("queued", "retrying")
 
     def lease_until(self, task_id: UUID) -> Stamp | None:
         try:
@@ -421,7 +407,7 @@ class Batch:
     def _keep_task(self, before: task.Task | None, after: task.Task) -> None:
         self.append.tasks[after.task_id] = task.queued(after)
         if after.state == "queued" and (before is None or before.state != "queued"):
-            self._offered_here.setdefault(after.kind, deque()).append(after.task_id)
+            self._offers.add(after.kind, after.task_id)
 
     def _items_of(self, root: UUID) -> dict[UUID, OpenItem]:
         return self.items.setdefault(root, dict(self.open_items(root)))

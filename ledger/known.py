@@ -3,9 +3,10 @@
 A decision that needs what is not known says so (`NotLoaded`); the writer reads it and has the batch decided again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -33,6 +34,37 @@ class Queue(Struct, frozen=True):
     @property
     def tasks(self) -> Iterable[UUID]:
         return chain(self.leases, *self.offers.values())
+
+
+class Offers:
+    """What a batch has for those who claim: what `queue` has, and what the batch itself has queued, as far as
+    `is_open` says that it is to be had still."""
+
+    def __init__(self, queue: Queue, is_open: Callable[[UUID], bool]) -> None:
+        self._queue = queue
+        self._is_open = is_open
+        self._of: dict[Offer, deque[UUID]] = {}
+        self._queued: dict[str, deque[UUID]] = {}
+
+    def add(self, kind: str, task_id: UUID) -> None:
+        """This task was queued just now."""
+        self._queued.setdefault(kind, deque()).append(task_id)
+
+    def to(self, command: ClaimTasks) -> Sequence[UUID]:
+        """As many as it wants, the most urgent first, and all that were queued just now. Raises NotLoaded."""
+        wanted = offer(command)
+        stored = self._queue.offers.get(wanted)
+        if stored is None:
+            raise NotLoaded(under_lock=command)
+        left = self._left(self._of.setdefault(wanted, deque(stored)), command.n)
+        for kind in wanted[0]:  # in no order of theirs
+            left += self._left(self._queued.get(kind, deque()), None)
+        return list(dict.fromkeys(left))  # one whose time to be tried again has just come is among both
+
+    def _left(self, offered: deque[UUID], wanted: int | None) -> list[UUID]:
+        while offered and not self._is_open(offered[0]):
+            offered.popleft()
+        return list(islice(filter(self._is_open, offered), wanted))
 
 
 class NotLoaded(Exception):
