@@ -134,6 +134,7 @@ class Watch:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._builder: int | None = None
         self.events = 0
         self.fill_seconds = self.seconds = self.cpu_seconds = 0.0
         self.megabytes: dict[int, float] = {}
@@ -167,10 +168,11 @@ class Watch:
         if taken is None or not taken.taken:
             return False
         self.events = taken.total
-        pid = builder()
-        if pid is not None:
-            self.megabytes[4 * taken.taken // taken.total] = megabytes(pid)
-            self.cpu_seconds = cpu_seconds(pid)
+        if self._builder is None or not Path(f"/proc/{self._builder}").exists():
+            self._builder = builder()
+        if self._builder is not None:
+            self.megabytes[4 * taken.taken // taken.total] = megabytes(self._builder)
+            self.cpu_seconds = cpu_seconds(self._builder)
         return (await cursor.fetchall()) == [(True,)]
 
     def megabytes_at(self, quarter: int) -> float:
