@@ -1,8 +1,9 @@
 """Rebuilding views from a ledger of a million events of the mix: how fast, in how much memory, and who notices.
 
-As a program of the bench it rebuilds views, or only gives commands at a steady rate, or both; told: url and worker (as
-whom the API and a worker connect), keys, project, seconds, events_per_second, views; and `only_filled`: they are
-cancelled before they are compared. With both, the sessions are read all the time, and a read that fails ends it.
+As a program of the bench it rebuilds views, all at once, or only gives commands at a steady rate, or both; told: url
+and worker (as whom the API and a worker connect), keys, project, seconds, events_per_second, views; and `only_filled`:
+they are cancelled before they are compared. With both, the sessions are read all the time, and a read that fails ends
+it.
 """
 
 import asyncio
@@ -130,7 +131,8 @@ async def _fill(url: str, keys: str, events: int) -> None:
 
 
 class Watch:
-    """Sees rebuilds through: when each was filled and switched, and what the process that did it used."""
+    """Sees rebuilds through that begin together: when the last of them was filled and switched, and, of one that is
+    alone, what the process that did it used."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -158,8 +160,8 @@ class Watch:
         if rebuild.state != ("cancelled" if only_filled else "switched"):
             raise ValueError(f"{view} was not rebuilt, but {rebuild.state}: {rebuild.ended_because}")
         self.switched_at = now
-        self.fill_seconds += filled_at - begun
-        self.seconds += now - begun
+        self.fill_seconds = max(self.fill_seconds, filled_at - begun)
+        self.seconds = max(self.seconds, now - begun)
 
     async def _is_filled(self, schema: str) -> bool:
         table = f"{schema}.filling"
@@ -168,12 +170,15 @@ class Watch:
         if taken is None or not taken.taken:
             return False
         self.events = taken.total
+        self._look_at_builder(4 * taken.taken // taken.total)
+        return (await cursor.fetchall()) == [(True,)]
+
+    def _look_at_builder(self, quarter: int) -> None:
         if self._builder is None or not Path(f"/proc/{self._builder}").exists():
             self._builder = builder()
         if self._builder is not None:
-            self.megabytes[4 * taken.taken // taken.total] = megabytes(self._builder)
+            self.megabytes[quarter] = megabytes(self._builder)
             self.cpu_seconds = cpu_seconds(self._builder)
-        return (await cursor.fetchall()) == [(True,)]
 
     def megabytes_at(self, quarter: int) -> float:
         """As of when so much was taken, or the next time that was looked."""
@@ -277,8 +282,7 @@ async def main(
             length = float("inf") if views else seconds
             commands = traffic.command(committer, project, events_per_second, length) if events_per_second else None
             async with _running(commands) as commanding:
-                for view in views:
-                    await watch.see(view, only_filled)
+                await asyncio.gather(*(watch.see(view, only_filled) for view in views))
                 if commanding is not None and not views:
                     await commanding
                 await asyncio.sleep(SWITCH_SECONDS if views and commanding is not None else 0)

@@ -119,7 +119,7 @@ ROWS = {
             *("sessions filled", "sessions by SQL over jsonb", 0.6, 0.8),
         ),
         Row(
-            "all views filled, one after the other (events a second, absolute)",
+            "all views filled, as many at once as there are processors (events a second, absolute)",
             *("all views filled", None, 50_000),
             of="rate",
         ),
