@@ -18,7 +18,7 @@ from uuid import UUID
 
 import psycopg
 
-from ledger.postgres import Connection, open_pool
+from ledger.postgres import Connection, Pool, open_pool
 from ops.bench import mix, serving
 from ops.bench.committing import Load, committing, summary
 from ops.bench.serving import PROJECT, cpu_seconds, settled
@@ -134,8 +134,8 @@ class Watch:
     """Sees rebuilds through that begin together: when the last of them was filled and switched, and, of one that is
     alone, what the process that did it used."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         self._builder: int | None = None
         self.events = 0
         self.fill_seconds = self.seconds = self.cpu_seconds = 0.0
@@ -144,16 +144,20 @@ class Watch:
         self.switched_at = 0.0
 
     async def see(self, view: str, only_filled: bool) -> None:
+        async with self._pool.connection() as connection:
+            await self._see(connection, view, only_filled)
+
+    async def _see(self, connection: Connection, view: str, only_filled: bool) -> None:
         begun, filled_at = time.perf_counter(), 0.0
-        if not await begin(self._connection, view, "bench", "measured"):
+        if not await begin(connection, view, "bench", "measured"):
             raise ValueError(f"{view} is being rebuilt already")
         while True:
-            (rebuild,) = [one for one in await latest(self._connection) if one.view == view]
+            (rebuild,) = [one for one in await latest(connection) if one.view == view]
             now = time.perf_counter()
             if not filled_at:
-                filled_at = now if await self._is_filled(next_of(view)) else 0.0
+                filled_at = now if await self._is_filled(connection, next_of(view)) else 0.0
             elif only_filled and rebuild.state in UNDER_WAY:
-                await cancel(self._connection, view, "bench", "filled")
+                await cancel(connection, view, "bench", "filled")
             if rebuild.state not in UNDER_WAY:
                 break
             await asyncio.sleep(LOOK_SECONDS)
@@ -163,10 +167,10 @@ class Watch:
         self.fill_seconds = max(self.fill_seconds, filled_at - begun)
         self.seconds = max(self.seconds, now - begun)
 
-    async def _is_filled(self, schema: str) -> bool:
+    async def _is_filled(self, connection: Connection, schema: str) -> bool:
         table = f"{schema}.filling"
-        cursor = await self._connection.execute("SELECT to_regclass(%s) IS NULL", [table])
-        taken = (await progress(self._connection)).get(schema)
+        cursor = await connection.execute("SELECT to_regclass(%s) IS NULL", [table])
+        taken = (await progress(connection)).get(schema)
         if taken is None or not taken.taken:
             return False
         self.events = taken.total
@@ -266,11 +270,10 @@ async def main(
     async with (
         open_pool(url, 1) as readers,
         readers.connection() as reader,
-        open_pool(worker, 1) as workers,
-        workers.connection() as connection,
+        open_pool(worker, len(VIEWS)) as workers,
         committing(url, keys) as committer,
     ):
-        watch = Watch(connection)
+        watch = Watch(workers)
         ledger = await committer.ledger(project)
         assert ledger is not None
         if events_per_second:
