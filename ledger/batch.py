@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from ledger import approval, record, session, task, view
 from ledger.commands import ClaimTasks, Command
-from ledger.entry import Event, canonical, encode, leaf_hash
+from ledger.entry import Event, canonical, encode
 from ledger.errors import (
     AlreadyExists,
     Forbidden,
@@ -30,6 +30,7 @@ from ledger.errors import (
 )
 from ledger.events import CommandRefused, Fact
 from ledger.known import Known, NotLoaded, Offers, Queue
+from ledger.merkle import leaf_hash
 from ledger.operations import OPERATORS, may_be_of_a_view
 from ledger.pending import Pending, Verdict
 from ledger.queue import On, RefusedOnRecord, Rules, Same

@@ -127,8 +127,3 @@ def decode(entry: bytes, payload: bytes | None = None, event_type: str | None = 
     if event.schema_version > FACTS[kind].schema_version:
         raise UpgradeRequired(type=kind, schema_version=event.schema_version)
     return event
-
-
-def leaf_hash(entry: bytes) -> bytes:
-    """RFC 6962 s2.1: SHA-256(0x00 || entry)."""
-    return sha256(b"\x00" + entry).digest()

@@ -31,7 +31,8 @@ from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.commands import ProjectId
-from ledger.entry import Event, encode, leaf_hash, whole
+from ledger.entry import Event, encode, whole
+from ledger.merkle import leaf_hash
 from ledger.postgres import bigints, byteas, queries, tells_of_missed_standby, texts, uuids
 from ledger.values import Actor, stamp
 

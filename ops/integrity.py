@@ -15,9 +15,10 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct, field
 
-from ledger.entry import Event, Recorded, decode, leaf_hash
+from ledger.entry import Event, Recorded, decode
 from ledger.errors import UpgradeRequired
 from ledger.events import CommandRefused, LateResultRefused
+from ledger.merkle import leaf_hash
 from ledger.postgres import Connection, queries, texts
 from ledger.store import SQL as STORE
 from ledger.store import CommandRow

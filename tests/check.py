@@ -13,7 +13,8 @@ import psycopg
 
 from ledger.approval import Approval, due
 from ledger.batch import RULES, RULES_OF
-from ledger.entry import Event, Recorded, canonical, decode, leaf_hash
+from ledger.entry import Event, Recorded, canonical, decode
+from ledger.merkle import leaf_hash
 from ledger.replay import fold
 from ledger.session import Session
 from ledger.store import QueuedTask

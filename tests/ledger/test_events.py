@@ -1,6 +1,5 @@
 """The bytes that can never change: entries, leaves, stamps; and what reading them must survive."""
 
-import base64
 import json
 from datetime import UTC, datetime, timedelta, timezone
 from hashlib import sha256
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ledger.entry import ENTRY_BYTES_MAX, FACTS, Event, canonical, decode, encode, leaf_hash, whole
+from ledger.entry import ENTRY_BYTES_MAX, FACTS, Event, canonical, decode, encode, whole
 from ledger.errors import UpgradeRequired
 from ledger.events import (
     ApprovalRequested,
@@ -32,6 +31,7 @@ from ledger.events import (
     TaskSubmitted,
     VoteCast,
 )
+from ledger.merkle import leaf_hash
 from ledger.values import (
     SYSTEM,
     Actor,
@@ -147,26 +147,6 @@ def test_a_payload_that_is_not_the_one_hashed_is_not_taken(change: bytes) -> Non
     small, _ = encode(event_of(SessionActivated()))
     with pytest.raises(ValueError, match="not the one"):
         whole(small, payload)
-
-
-# Leaves: TLOG s1, RFC 6962 s2.1
-
-
-def test_a_leaf_is_the_hash_of_the_bytes_behind_a_zero() -> None:
-    assert base64.b64encode(leaf_hash(b"hello world")) == b"TszzRgjTG6xce+z2AG31kAXYKBgQVtCSCE40HmuwBb0="
-    assert leaf_hash(b"") == sha256(b"\0").digest()
-
-
-def test_the_leaves_are_those_of_the_reference_tree() -> None:
-    def root(level: list[bytes]) -> bytes:
-        if len(level) == 1:
-            return level[0]
-        left = 1 << (len(level) - 1).bit_length() - 1
-        return sha256(b"\1" + root(level[:left]) + root(level[left:])).digest()
-
-    entries = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", bytes(range(0x60, 0x70)).hex()]
-    expected = "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
-    assert root([leaf_hash(bytes.fromhex(entry)) for entry in entries]).hex() == expected
 
 
 # The canonical form

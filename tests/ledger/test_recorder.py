@@ -29,8 +29,9 @@ from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.embedded import EmbeddedServer
-from ledger.entry import ENTRY_BYTES_MAX, Event, encode, leaf_hash
+from ledger.entry import ENTRY_BYTES_MAX, Event, encode
 from ledger.events import SessionAnnotated
+from ledger.merkle import leaf_hash
 from ledger.recorder import Connection, LedgerAggregateRecorder, LedgerRecorder, open_pool
 from ledger.values import SYSTEM
 from tests.conftest import Database

@@ -11,8 +11,9 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from ledger import store
-from ledger.entry import Event, decode, encode, leaf_hash
+from ledger.entry import Event, decode, encode
 from ledger.events import FactRecorded
+from ledger.merkle import leaf_hash
 from ledger.postgres import Connection, Pool
 from ledger.store import Append, CommandRow, EventRow, Ledger, OpenItem
 from ledger.values import SYSTEM, stamp

@@ -12,8 +12,9 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from ledger import store
-from ledger.entry import Event, encode, leaf_hash
+from ledger.entry import Event, encode
 from ledger.events import ApprovalRequested, Fact, SessionOpened, TaskSubmitted
+from ledger.merkle import leaf_hash
 from ledger.postgres import Connection, Pool, open_pool
 from ledger.store import Append, EventRow
 from ledger.values import Actor, Principal, Quorum, Ref, stamp
