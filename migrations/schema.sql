@@ -18,6 +18,51 @@ CREATE SCHEMA sessions;
 
 CREATE SCHEMA tasks;
 
+CREATE FUNCTION ledger.keep_log() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    IF (NEW.ledger_id, NEW.origin) <> (OLD.ledger_id, OLD.origin)
+        OR NEW.size < OLD.size
+        OR NEW.published_size < OLD.published_size
+        OR NEW.size = OLD.size AND split_part(NEW.signed, E'\n\n', 1) <> split_part(OLD.signed, E'\n\n', 1)
+        OR NEW.published_size = OLD.published_size
+        AND split_part(NEW.published, E'\n\n', 1) <> split_part(OLD.published, E'\n\n', 1)
+    THEN
+        RAISE EXCEPTION 'the log % has signed another checkpoint: it only grows', OLD.origin
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+CREATE FUNCTION ledger.keep_log_key() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    IF (NEW.number, NEW.public, NEW.added_at) <> (OLD.number, OLD.public, OLD.added_at) OR OLD.retired_at IS NOT NULL
+    THEN
+        RAISE EXCEPTION 'the key % of the log may be retired once, and not change', OLD.number
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+CREATE FUNCTION ledger.keep_tile() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    IF (NEW.ledger_id, NEW.level, NEW.index) <> (OLD.ledger_id, OLD.level, OLD.index)
+        OR substring(NEW.hashes FOR octet_length(OLD.hashes)) <> OLD.hashes
+    THEN
+        RAISE EXCEPTION 'tile %/% of ledger % may grow, and not change', OLD.level, OLD.index, OLD.ledger_id
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN NEW;
+END
+$$;
+
 CREATE FUNCTION ledger.refuse_change() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -163,6 +208,34 @@ WITH (fillfactor='10', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_sca
 
 COMMENT ON COLUMN ledger.ledgers.is_foreign IS 'Written through the eventsourcing library: its events are opaque to Muniment, whose API never writes there.';
 
+CREATE TABLE ledger.log_keys (
+    number bigint NOT NULL,
+    public bytea NOT NULL,
+    added_at timestamp with time zone NOT NULL,
+    retired_at timestamp with time zone,
+    CONSTRAINT log_keys_check CHECK ((retired_at >= added_at)),
+    CONSTRAINT log_keys_number_check CHECK ((number > 0)),
+    CONSTRAINT log_keys_public_check CHECK ((octet_length(public) = 32))
+);
+
+CREATE TABLE ledger.logs (
+    ledger_id uuid NOT NULL,
+    origin text NOT NULL,
+    size bigint DEFAULT 0 NOT NULL,
+    signed text,
+    signed_by bigint[] DEFAULT '{}'::bigint[] NOT NULL,
+    published_size bigint DEFAULT 0 NOT NULL,
+    published text,
+    published_at timestamp with time zone,
+    refused text,
+    CONSTRAINT logs_check CHECK (((published_size >= 0) AND (published_size <= size))),
+    CONSTRAINT logs_check1 CHECK (((size > 0) = (signed IS NOT NULL))),
+    CONSTRAINT logs_check2 CHECK (((published_size > 0) = ((published IS NOT NULL) AND (published_at IS NOT NULL))))
+)
+WITH (fillfactor='50', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_scale_factor='0');
+
+COMMENT ON COLUMN ledger.logs.signed IS 'C2SP signed-note: a checkpoint with the signatures of this log alone, by the keys numbered in signed_by.';
+
 CREATE TABLE ledger.open_items (
     ledger_id uuid NOT NULL,
     item_id uuid NOT NULL,
@@ -201,6 +274,17 @@ WITH (fillfactor='70', autovacuum_vacuum_scale_factor='0.05');
 COMMENT ON COLUMN ledger.tasks.rank IS 'When it may run, put forward by its priority: the order in which it is handed out.';
 
 COMMENT ON COLUMN ledger.tasks.holder IS 'The principal whose lease it is; empty where it has none.';
+
+CREATE TABLE ledger.tiles (
+    ledger_id uuid NOT NULL,
+    level smallint NOT NULL,
+    index bigint NOT NULL,
+    hashes bytea NOT NULL,
+    CONSTRAINT tiles_hashes_check CHECK ((((octet_length(hashes) >= 32) AND (octet_length(hashes) <= 8192)) AND ((octet_length(hashes) % 32) = 0))),
+    CONSTRAINT tiles_index_check CHECK ((index >= 0)),
+    CONSTRAINT tiles_level_check CHECK (((level >= 1) AND (level <= 7)))
+);
+ALTER TABLE ONLY ledger.tiles ALTER COLUMN hashes SET STORAGE EXTERNAL;
 
 CREATE TABLE muniment.deployment (
     only_row boolean DEFAULT true NOT NULL,
@@ -383,6 +467,18 @@ ALTER TABLE ONLY ledger.ledgers
 ALTER TABLE ONLY ledger.ledgers
     ADD CONSTRAINT ledgers_project_id_key UNIQUE (project_id);
 
+ALTER TABLE ONLY ledger.log_keys
+    ADD CONSTRAINT log_keys_pkey PRIMARY KEY (number);
+
+ALTER TABLE ONLY ledger.log_keys
+    ADD CONSTRAINT log_keys_public_key UNIQUE (public);
+
+ALTER TABLE ONLY ledger.logs
+    ADD CONSTRAINT logs_origin_key UNIQUE (origin);
+
+ALTER TABLE ONLY ledger.logs
+    ADD CONSTRAINT logs_pkey PRIMARY KEY (ledger_id);
+
 ALTER TABLE ONLY ledger.open_items
     ADD CONSTRAINT open_items_pkey PRIMARY KEY (ledger_id, item_id);
 
@@ -391,6 +487,9 @@ ALTER TABLE ONLY ledger.payloads
 
 ALTER TABLE ONLY ledger.tasks
     ADD CONSTRAINT tasks_pkey PRIMARY KEY (ledger_id, task_id);
+
+ALTER TABLE ONLY ledger.tiles
+    ADD CONSTRAINT tiles_pkey PRIMARY KEY (ledger_id, level, index);
 
 ALTER TABLE ONLY muniment.deployment
     ADD CONSTRAINT deployment_pkey PRIMARY KEY (only_row);
@@ -512,6 +611,18 @@ CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.payload
 
 CREATE TRIGGER kept BEFORE DELETE OR TRUNCATE ON ledger.ledgers FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
 
+CREATE TRIGGER kept BEFORE DELETE OR TRUNCATE ON ledger.log_keys FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
+
+CREATE TRIGGER kept BEFORE DELETE OR TRUNCATE ON ledger.logs FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
+
+CREATE TRIGGER kept BEFORE DELETE OR TRUNCATE ON ledger.tiles FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
+
+CREATE TRIGGER only_grows BEFORE UPDATE ON ledger.logs FOR EACH ROW EXECUTE FUNCTION ledger.keep_log();
+
+CREATE TRIGGER only_grows BEFORE UPDATE ON ledger.tiles FOR EACH ROW EXECUTE FUNCTION ledger.keep_tile();
+
+CREATE TRIGGER only_retired BEFORE UPDATE ON ledger.log_keys FOR EACH ROW EXECUTE FUNCTION ledger.keep_log_key();
+
 GRANT USAGE ON SCHEMA approvals TO muniment_api;
 
 GRANT USAGE ON SCHEMA audit TO muniment_api;
@@ -556,11 +667,38 @@ GRANT UPDATE(size) ON TABLE ledger.ledgers TO muniment_api;
 
 GRANT UPDATE(last_recorded_at) ON TABLE ledger.ledgers TO muniment_api;
 
+GRANT SELECT ON TABLE ledger.log_keys TO muniment_api;
+GRANT INSERT ON TABLE ledger.log_keys TO muniment_worker;
+
+GRANT UPDATE(retired_at) ON TABLE ledger.log_keys TO muniment_worker;
+
+GRANT SELECT ON TABLE ledger.logs TO muniment_api;
+GRANT INSERT ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(size) ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(signed) ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(signed_by) ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(published_size) ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(published) ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(published_at) ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(refused) ON TABLE ledger.logs TO muniment_worker;
+
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE ledger.open_items TO muniment_api;
 
 GRANT SELECT,INSERT ON TABLE ledger.payloads TO muniment_api;
 
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE ledger.tasks TO muniment_api;
+
+GRANT SELECT ON TABLE ledger.tiles TO muniment_api;
+GRANT INSERT ON TABLE ledger.tiles TO muniment_worker;
+
+GRANT UPDATE(hashes) ON TABLE ledger.tiles TO muniment_worker;
 
 GRANT SELECT ON TABLE muniment.deployment TO PUBLIC;
 
