@@ -59,6 +59,7 @@ app.command("ops.projects:token", name="token")
 app.command("ops.importing:importing", name="import")
 app.command("ops.views:projections", name="projections")
 app.command("ops.doctor:doctor", name="doctor")
+app.command("ops.witness:witness", name="witness")
 app.command("ops.backup:backup", name="backup")
 app.command("ops.backup:restore", name="restore")
 
