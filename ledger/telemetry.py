@@ -133,6 +133,29 @@ class Projected:
         yield histogram("muniment_projection_seconds", "One batch of events into one or more views.", {(): self.batch})
 
 
+class Published:
+    """What the publisher of this process has done."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.refusals = 0
+        self.latency = Histogram()
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Measure how a checkpoint that is signed gets published; what fails is not counted, for it is tried again."""
+        began = monotonic()
+        yield
+        self.latency.add(monotonic() - began)
+
+    def families(self) -> Iterator["Metric"]:
+        yield counter("muniment_integrated_events", "Events that were made part of a tree.", {(): self.events})
+        yield histogram("muniment_publication_seconds", "A signed checkpoint, until it is served.", {(): self.latency})
+        yield counter(
+            "muniment_publication_refusals", "Checkpoints that were not signed or published.", {(): self.refusals}
+        )
+
+
 class Exposed:
     """What Prometheus's library asks: all families of these sources, as they are at that moment."""
 

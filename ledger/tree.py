@@ -6,6 +6,7 @@ only put together: whether it is what was signed, is for who signs (publisher.py
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
 from uuid import UUID
 
 from msgspec import Struct
@@ -87,6 +88,16 @@ async def keys_of(connection: Connection, origin: str) -> list[LogKey]:
     ]
 
 
+async def add_key(connection: Connection, number: int, public: bytes, at: datetime | None = None) -> None:
+    """Let a key sign from then on, or from now on, in every log; unless one is there that has its number."""
+    await connection.execute(SQL.add_key, {"number": number, "public": public, "at": at})
+
+
+async def retire_key(connection: Connection, number: int, at: datetime) -> None:
+    """Let a key sign no more, from then on."""
+    await connection.execute(SQL.retire_key, {"number": number, "at": at})
+
+
 async def read_entries(connection: Connection, ledger_id: UUID, first: int, count: int) -> list[bytes]:
     """The entries from leaf index `first` on, `count` of them. Raises Damaged."""
     values = {"ledger_id": uuid(ledger_id), "first": bigint(first + 1), "last": bigint(first + count)}
@@ -94,6 +105,13 @@ async def read_entries(connection: Connection, ledger_id: UUID, first: int, coun
     if len(entries) != count:
         raise Damaged(f"of the {count} events from position {first + 1} on there are {len(entries)}")
     return entries
+
+
+async def read_payload(connection: Connection, ledger_id: UUID, digest: bytes, size: int) -> bytes | None:
+    """The data that stands beside an entry, by its SHA-256; of the first `size` events alone."""
+    values = {"ledger_id": ledger_id, "digest": digest, "size": size}
+    row = await (await connection.execute(SQL.payload, values, prepare=True)).fetchone()
+    return row[0] if row else None
 
 
 async def read_tile(connection: Connection, ledger_id: UUID, tile: Tile) -> bytes:

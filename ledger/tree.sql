@@ -7,6 +7,14 @@ WHERE ledger_id = %(ledger_id)s AND published_size > 0
 -- The keys that sign, and those that did, with their public halves alone.
 SELECT number, public, added_at, retired_at FROM ledger.log_keys ORDER BY number
 
+-- name: add_key
+INSERT INTO ledger.log_keys (number, public, added_at)
+VALUES (%(number)s, %(public)s, coalesce(%(at)s::timestamptz, now()))
+ON CONFLICT DO NOTHING
+
+-- name: retire_key
+UPDATE ledger.log_keys SET retired_at = greatest(added_at, %(at)s) WHERE number = %(number)s AND retired_at IS NULL
+
 -- name: leaves
 -- The leaf hashes of runs of positions, each run as one string: shorter than asked for where events are missing.
 SELECT r.place, coalesce(e.leaves, '')
@@ -27,6 +35,12 @@ JOIN ledger.tiles AS t ON t.ledger_id = %(ledger_id)s::uuid AND t.level = a.leve
 SELECT entry FROM ledger.events
 WHERE ledger_id = %(ledger_id)s::uuid AND position BETWEEN %(first)s::bigint AND %(last)s::bigint
 ORDER BY position
+
+-- name: payload
+-- Data that stands beside its entry; what is the same more than once is there as often.
+SELECT data FROM ledger.payloads
+WHERE ledger_id = %(ledger_id)s AND sha256(data) = %(digest)s AND position <= %(size)s
+LIMIT 1
 
 -- name: extend
 -- Tiles that are new, or have grown; a trigger refuses one that has not grown but changed.

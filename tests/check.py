@@ -13,8 +13,9 @@ import psycopg
 
 from ledger.approval import Approval, due
 from ledger.batch import RULES, RULES_OF
+from ledger.checkpoint import Checkpoint, Note
 from ledger.entry import Event, Recorded, canonical, decode
-from ledger.merkle import leaf_hash
+from ledger.merkle import Edge, leaf_hash
 from ledger.replay import fold
 from ledger.session import Session
 from ledger.store import QueuedTask
@@ -36,7 +37,35 @@ def check_ledger(conninfo: str) -> dict[str, list[Recorded]]:
                 fold(stream)  # every stream has a state: nothing that its rules could not have made
             _check_views(connection, ledger_id, history)
             histories[project_id] = history
+        _check_logs(connection)
     return histories
+
+
+def check_logs(conninfo: str) -> None:
+    """Assert of every log that what is stored, signed and published is the tree over the entries, and nothing else."""
+    with psycopg.connect(conninfo) as connection:
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        _check_logs(connection)
+
+
+def _check_logs(connection: psycopg.Connection[Any]) -> None:
+    logs = connection.execute("SELECT ledger_id, origin, size, signed, published_size, published FROM ledger.logs")
+    for ledger_id, origin, size, signed, published_size, published in logs.fetchall():
+        entries = "SELECT entry FROM ledger.events WHERE ledger_id = %s AND position <= %s ORDER BY position"
+        leaves = [leaf_hash(entry) for (entry,) in connection.execute(entries, [ledger_id, size])]
+        assert len(leaves) == size, "what was signed is there"
+        tree = Edge()
+        tiles = tree.extend(leaves[:published_size])
+        assert _says(published) == (Checkpoint(origin, published_size, tree.root).text if published_size else None)
+        tiles += tree.extend(leaves[published_size:])
+        assert _says(signed) == (Checkpoint(origin, size, tree.root).text if size else None)
+        tiles += [(level, b"".join(hashes)) for level, hashes in enumerate(tree.levels) if hashes]
+        stored = connection.execute("SELECT level, hashes FROM ledger.tiles WHERE ledger_id = %s", [ledger_id])
+        assert sorted(stored.fetchall()) == sorted(tile for tile in tiles if tile[0]), "the tiles are of the entries"
+
+
+def _says(note: str | None) -> str | None:
+    return None if note is None else Note.parse(note.encode()).text
 
 
 def check_views(conninfo: str) -> None:

@@ -1,0 +1,318 @@
+"""The publisher: what was recorded becomes part of the tree, is signed, is shown to witnesses, and is published.
+
+A log never signs two checkpoints of which one is not the beginning of the other. So before it signs it looks whether
+what is stored still is what it signed before, by the database's word, by the file beside its key, and by that of its
+witnesses; and refuses where it is not. What it signs is durable before anybody else sees it.
+
+Killed anywhere, it goes on from what the database has: each step says what it leaves. Two at once do no harm: the row
+of the log is the lock while one signs, and what is published is replaced only where it is what was seen. The ledger
+itself is only read, and never locked: nobody who appends waits for this.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+from uuid import UUID
+
+import httpx
+import psycopg
+
+from ledger import store, tree
+from ledger.checkpoint import Checkpoint, InvalidNote, Note, SignerKey, VerifierKey, check_checkpoint
+from ledger.merkle import EMPTY_ROOT, Edge, Run
+from ledger.postgres import Connection, Pool, queries
+from ledger.project_key import UnusableKey
+from ledger.signing import LogFiles
+from ledger.telemetry import Published
+from ledger.tree import Damaged, LogKey
+from ledger.witness import Cosigners, Prove, RolledBack, Witnesses
+
+SQL = queries("ledger", "publisher")
+
+STEP_LEAVES_MAX = 16 * 256
+"""So many are hashed at once: 10 ms, for which the other jobs of the process wait."""
+
+
+NO_WITNESSES = Witnesses(0, ())
+
+
+class Refused(Exception):
+    """Nothing is signed, or published; the message says why, and names no project."""
+
+
+class _Row(NamedTuple):
+    """What was signed and published of a ledger."""
+
+    origin: str
+    size: int
+    signed: str | None
+    signed_by: list[int]
+    published_size: int
+    published: str | None
+    refused: str | None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What was signed last, as it says itself. Raises InvalidNote."""
+        if self.signed is None:
+            return Checkpoint(self.origin, 0, EMPTY_ROOT)
+        return Checkpoint.parse(Note.parse(self.signed.encode()).text)
+
+    @property
+    def is_published(self) -> bool:
+        return self.signed is None or (self.published or "").startswith(self.signed)
+
+
+class Publisher:
+    """Publishes, a ledger at a time. See `publish`."""
+
+    def __init__(
+        self, pool: Pool, keys: LogFiles, witnesses: Witnesses = NO_WITNESSES, http: httpx.AsyncClient | None = None
+    ) -> None:
+        self.published = Published()
+        self.silent: dict[str, str] = {}
+        """Why a witness did not sign when it was last asked; empty where it did."""
+        self.unkept = ""
+        """Why what was signed last could not be kept beside the keys."""
+        self._pool = pool
+        self._keys = keys
+        self._quorum, self._names = witnesses.quorum, [one.key.name for one in witnesses.known]
+        self._cosigners = Cosigners(http, witnesses) if http is not None and witnesses.known else None
+        self._known: dict[UUID, Checkpoint] = {}
+        self._confronted: set[UUID] = set()
+
+    def forget(self) -> None:
+        """Ask witnesses anew what they know of every log: it may be another database that answers from here on."""
+        self._confronted.clear()
+
+    async def usable(self, connection: Connection) -> list[int]:
+        """The numbers of the keys that sign, and are here."""
+        with suppress(UnusableKey):
+            return [key.number for key, _ in self._signers(await tree.keys_of(connection, "any"))]
+        return []
+
+    async def publish(self, ledger_id: UUID) -> None:
+        """Publish all that a ledger has now.
+
+        Raises Refused, which the log of that ledger then says too, and psycopg's errors: then it is to be tried again.
+        """
+        async with self._pool.connection() as connection:
+            await connection.execute(SQL.begin, {"ledger_id": ledger_id})
+        try:
+            await self._confront(ledger_id)
+            row = await self._sign(ledger_id)
+            if row is not None and row.signed is not None:
+                await self._show(ledger_id, row)
+        except (Refused, RolledBack, Damaged, InvalidNote, UnusableKey, psycopg.errors.InsufficientPrivilege) as error:
+            self.published.refusals += 1
+            values = {"ledger_id": ledger_id, "why": _shown(error)}
+            async with self._pool.connection() as connection:
+                await connection.execute(SQL.refuse, values)
+            raise Refused(str(error)) from error
+
+    # Before anything is signed
+
+    async def _confront(self, ledger_id: UUID) -> None:
+        """Compare with what the witnesses have cosigned, unless that was done. Raises Refused, RolledBack."""
+        if self._cosigners is None or ledger_id in self._confronted:
+            return
+        async with self._pool.connection() as connection:
+            row = await _read(connection, SQL.read, ledger_id)
+            assert row is not None
+            keys = await tree.keys_of(connection, row.origin)
+        vkeys = [key.vkey for key in keys]
+        try:
+            silent = await self._cosigners.check(row.checkpoint, vkeys, self._prove(ledger_id))
+        except RolledBack as error:
+            await self._unless_overtaken(ledger_id, row.size, error)
+            return
+        if len(self._names) - len(silent) < self._quorum:
+            raise Refused(f"too few witnesses say what they know: {_reasons(silent)}")
+        self._confronted.add(ledger_id)
+
+    async def _unless_overtaken(self, ledger_id: UUID, size: int, error: RolledBack) -> None:
+        """Raise `error`, unless another publisher of this database has gone on from `size` meanwhile: what one shows to
+        witnesses, the database has before."""
+        async with self._pool.connection() as connection:
+            row = await _read(connection, SQL.read, ledger_id)
+        if row is None or not size < error.size <= row.size:
+            raise error
+
+    def _prove(self, ledger_id: UUID) -> Prove:
+        async def prove(old: int, new: int) -> list[bytes]:
+            async with self._pool.connection() as connection:
+                return await tree.prove_consistency(connection, ledger_id, old, new)
+
+        return prove
+
+    async def _recheck(
+        self, connection: Connection, ledger_id: UUID, row: _Row, head: int, keys: Sequence[LogKey]
+    ) -> Edge:
+        """What the tree goes on from, which is what was signed. Raises Refused, Damaged, InvalidNote."""
+        if head < row.size:
+            raise Refused(
+                f"history was rolled back: a checkpoint of {row.size} events was signed, and {head} are there"
+            )
+        edge = await tree.read_edge(connection, ledger_id, row.size)
+        vkeys = [key.vkey for key in keys]
+        if row.signed is not None:
+            signed = check_checkpoint(Note.parse(row.signed.encode()), vkeys)
+            if signed != Checkpoint(row.origin, row.size, edge.root):
+                raise Refused(f"what is stored is not what was signed: the tree of {row.size} events has another root")
+        known = self._last_signed(ledger_id, vkeys)
+        if known is None:
+            return edge
+        if known.size > row.size:
+            raise Refused(
+                f"history was rolled back: a checkpoint of {known.size} events was signed here, and the database "
+                f"knows of {row.size}"
+            )
+        at_that_size = known.size == row.size
+        root = edge.root if at_that_size else await tree.root_of(connection, ledger_id, known.size)
+        if root != known.root:
+            raise Refused(f"what is stored is not what was signed here: the first {known.size} events are others")
+        return edge
+
+    def _last_signed(self, ledger_id: UUID, vkeys: Sequence[VerifierKey]) -> Checkpoint | None:
+        if ledger_id not in self._known:
+            try:
+                content = self._keys.last_signed(ledger_id)
+            except OSError as error:
+                raise Refused(f"what was last signed here cannot be read: {error.strerror}") from error
+            if content is None:
+                return None
+            self._known[ledger_id] = check_checkpoint(Note.parse(content), vkeys)
+        return self._known[ledger_id]
+
+    # Signing
+
+    async def _sign(self, ledger_id: UUID) -> _Row | None:
+        """What is signed when all that is there is signed; None where another publisher is at it."""
+        while True:
+            async with self._pool.connection() as connection:
+                connection.standby_missed = False
+                async with connection.transaction():
+                    row = await _read(connection, SQL.lock, ledger_id)
+                    if row is None:
+                        return None
+                    row, more = await self._step(connection, ledger_id, row)
+                # Dying before the commit leaves nothing of this step. Dying after it leaves a note that nobody has
+                # seen: whoever comes next finds it signed, and goes on from it.
+                if connection.standby_missed:
+                    raise Refused("the standby has not confirmed what was signed")
+            if not more:
+                break
+        if row.signed is not None:
+            await self._keep(ledger_id, Note.parse(row.signed.encode()))
+        return row
+
+    async def _step(self, connection: Connection, ledger_id: UUID, row: _Row) -> tuple[_Row, bool]:
+        """Integrate and sign some of what is new, in one transaction; and whether there is more."""
+        head = (await store.head(connection, ledger_id)).size
+        keys = await tree.keys_of(connection, row.origin)
+        edge = await self._recheck(connection, ledger_id, row, head, keys)
+        upto = min(head, row.size + STEP_LEAVES_MAX)
+        signers = self._signers(keys)
+        added = [key.number for key, _ in signers if key.number not in row.signed_by]
+        if upto == row.size and not (added and upto):
+            return row, False
+        if not signers:
+            raise Refused("there is no key to sign with: run `muniment keys add` where the worker runs")
+        if upto > row.size:
+            (leaves,) = await tree.read_leaves(connection, ledger_id, [Run(row.size, upto)])
+            await tree.extend(connection, ledger_id, edge, row.size, leaves)
+            self.published.events += upto - row.size
+        text = Checkpoint(row.origin, upto, edge.root).text
+        signatures = [signer.sign(text) for _, signer in signers]
+        numbers = [key.number for key, _ in signers]
+        if upto == row.size:
+            # More sign the same: what others have signed, whose keys may not be here, stays.
+            there = Note.parse((row.signed or "").encode()).signatures
+            signatures = [*there, *(one for one in signatures if one not in there)]
+            numbers = sorted({*numbers, *row.signed_by})
+        signed = str(Note(text, tuple(signatures)))
+        values = {"ledger_id": ledger_id, "size": upto, "signed": signed, "signed_by": numbers}
+        await connection.execute(SQL.sign, values)
+        return row._replace(size=upto, signed=signed, signed_by=numbers), upto < head
+
+    def _signers(self, keys: Sequence[LogKey]) -> list[tuple[LogKey, SignerKey]]:
+        """The keys that sign. One that was made elsewhere may not be here yet: it does without, unless it is the only
+        one. Raises UnusableKey."""
+        signers, missing = [], None
+        for key in keys:
+            if key.until is None:
+                try:
+                    signers.append((key, self._keys.signer(key.vkey.name, key.number, key.vkey.public)))
+                except UnusableKey as error:
+                    missing = error
+        if missing and not signers:
+            raise missing
+        return signers
+
+    async def _keep(self, ledger_id: UUID, note: Note) -> None:
+        """Remember beside the key what was signed, before anybody sees it."""
+        checkpoint = Checkpoint.parse(note.text)
+        if self._known.get(ledger_id) == checkpoint:
+            return
+        self._known[ledger_id] = checkpoint
+        try:
+            await asyncio.to_thread(self._keys.keep_signed, ledger_id, note)
+            self.unkept = ""
+        except OSError as error:
+            # Keys may be where nothing can be written. Then only witnesses notice a database that was put back.
+            self.unkept = str(error)
+
+    # Publishing
+
+    async def _show(self, ledger_id: UUID, row: _Row) -> None:
+        """Publish what is signed. Raises Refused, RolledBack."""
+        assert row.signed is not None
+        if row.is_published:
+            if row.refused is not None:
+                async with self._pool.connection() as connection:
+                    await connection.execute(SQL.refuse, {"ledger_id": ledger_id, "why": None})
+            return
+        with self.published.publishing():
+            try:
+                note = await self._cosigned(ledger_id, Note.parse(row.signed.encode()))
+            except RolledBack as error:
+                await self._unless_overtaken(ledger_id, row.size, error)
+                return
+            values = {"ledger_id": ledger_id, "seen": row.published_size, "size": row.size, "published": str(note)}
+            # Dying before this leaves what is signed unpublished; whoever comes next shows the same to the witnesses,
+            # who sign it again, and publishes it.
+            async with self._pool.connection() as connection:
+                await connection.execute(SQL.publish, values)
+
+    async def _cosigned(self, ledger_id: UUID, note: Note) -> Note:
+        """With the lines of enough witnesses. Raises Refused, RolledBack."""
+        if self._cosigners is None:
+            return note
+        async with self._pool.connection() as connection:
+            keys = await tree.keys_of(connection, Checkpoint.parse(note.text).origin)
+        cosigned = await self._cosigners.cosign(note, [key.vkey for key in keys], self._prove(ledger_id))
+        self.silent = dict.fromkeys(self._names, "") | cosigned.missing
+        if not cosigned.enough:
+            raise Refused(f"too few witnesses have signed it: {_reasons(cosigned.missing)}")
+        return cosigned.note
+
+
+async def _read(connection: Connection, query: bytes, ledger_id: UUID) -> _Row | None:
+    row = await (await connection.execute(query, {"ledger_id": ledger_id}, prepare=True)).fetchone()
+    return _Row(*row) if row else None
+
+
+def _reasons(silent: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in sorted(silent.items()))
+
+
+def _shown(error: Exception) -> str:
+    """Why, for everybody: without what is of this machine or of the database, which the log has."""
+    if isinstance(error, UnusableKey):
+        return "no key that signs can be used where the worker runs; its log says more"
+    if isinstance(error, psycopg.Error):
+        return "the database does not take what is to be stored; the worker's log says more"
+    if isinstance(error, InvalidNote):
+        return f"what was signed cannot be verified: {error}"
+    return str(error)

@@ -1,0 +1,40 @@
+-- name: begin
+-- The log of a ledger, which has none yet.
+INSERT INTO ledger.logs (ledger_id, origin)
+SELECT %(ledger_id)s::uuid, d.name || '/' || %(ledger_id)s::uuid::text FROM muniment.deployment AS d
+ON CONFLICT (ledger_id) DO NOTHING
+
+-- name: read
+-- What was signed and published of a ledger.
+SELECT origin, size, signed, signed_by, published_size, published, refused FROM ledger.logs
+WHERE ledger_id = %(ledger_id)s
+
+-- name: lock
+-- The same, for as long as the transaction lasts; nothing where another publisher is at it. The lock is itself written
+-- to the server's log: where that has a synchronous standby, the commit waits for everything before it to be there.
+SELECT origin, size, signed, signed_by, published_size, published, refused FROM ledger.logs
+WHERE ledger_id = %(ledger_id)s FOR UPDATE SKIP LOCKED
+
+-- name: sign
+UPDATE ledger.logs SET size = %(size)s, signed = %(signed)s, signed_by = %(signed_by)s WHERE ledger_id = %(ledger_id)s
+
+-- name: publish
+-- Unless another publisher was faster.
+UPDATE ledger.logs
+SET published_size = %(size)s, published = %(published)s, published_at = clock_timestamp(), refused = NULL
+WHERE ledger_id = %(ledger_id)s AND published_size = %(seen)s
+
+-- name: refuse
+UPDATE ledger.logs SET refused = %(why)s WHERE ledger_id = %(ledger_id)s AND refused IS DISTINCT FROM %(why)s
+
+-- name: behind
+-- The ledgers of which not all that is there is published, or not under a key that signs by now; and where it was
+-- refused to, lest it be refused for ever.
+SELECT l.ledger_id
+FROM ledger.ledgers AS l
+LEFT JOIN ledger.logs AS g ON g.ledger_id = l.ledger_id
+WHERE l.size <> coalesce(g.published_size, 0)
+    OR g.size > 0 AND NOT coalesce(starts_with(g.published, g.signed), false)
+    OR g.size > 0 AND NOT %(keys)s::bigint[] <@ g.signed_by
+    OR g.refused IS NOT NULL
+    OR %(all)s AND l.size > 0
