@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from ledger import approval, record, session, task, view
+from ledger import approval, log_key, record, session, task, view
 from ledger.commands import ClaimTasks, Command
 from ledger.entry import Event, canonical, encode
 from ledger.errors import (
@@ -46,6 +46,7 @@ RULES: dict[str, tuple[Rules, type[Any]]] = {
     "task": (task, task.Task),
     "approval": (approval, approval.Approval),
     "view": (view, view.View),
+    "log_key": (log_key, log_key.LogKeys),
 }
 """By stream type: its rules, and the state they work on."""
 

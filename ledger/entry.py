@@ -13,7 +13,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from ledger import view_events  # noqa: F401  (what it defines are facts too)
+from ledger import log_events, view_events  # noqa: F401  (what they define are facts too)
 from ledger.errors import UpgradeRequired
 from ledger.events import Fact
 from ledger.values import Actor, Ref, Stamp

@@ -1,4 +1,4 @@
-"""What operators command about views, in the project that is theirs; and how the system says what came of it.
+"""What operators command about views and keys, in the project that is theirs; and how the system says what came of it.
 
 These are no commands of other projects: no list of commands takes them, and the rules refuse them elsewhere. What is
 asked for is an event like any other; a worker does it, and its answer is an event of the same stream.
@@ -17,6 +17,9 @@ OPERATORS = "operators"
 
 VIEWS = UUID("6d3f4a52-7a0b-5c1e-9b64-2f1d3c8e7a90")
 """The namespace of the streams of views. Frozen: their ids are made from it."""
+
+LOG_KEYS = uuid5(VIEWS, "log keys")
+"""The one stream of the keys that sign checkpoints. Frozen, as they are."""
 
 Outcome = Literal["switched", "cancelled", "rolled_back", "verified", "retried", "skipped", "failed"]
 
@@ -112,3 +115,27 @@ class SettleRequest(OfView, kw_only=True, tag=True):
     def settling_id(self) -> str:
         """The same from any number of workers, however often they are killed: a request has one answer."""
         return str(uuid5(stream_of(self.view), f"settle {self.request}"))
+
+
+class OfLogKeys(Command, kw_only=True):
+    """A command about the keys that sign checkpoints. It is given where the keys are, and never over HTTP."""
+
+    stream_type = "log_key"
+    roles = frozenset({"operator"})
+
+    number: Annotated[int, Meta(ge=1, le=EXACT_INTEGER_MAX)]
+    reason: Text | None = None
+
+    @property
+    def target(self) -> UUID | None:
+        return LOG_KEYS
+
+
+class AddLogKey(OfLogKeys, kw_only=True, tag=True):
+    """Have the key of that public half, in hex, sign the checkpoints of all ledgers."""
+
+    public: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
+
+
+class RetireLogKey(OfLogKeys, kw_only=True, tag=True):
+    """Have a key sign no more; there must be another that does."""

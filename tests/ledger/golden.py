@@ -53,6 +53,7 @@ from ledger.events import (
     VoteCast,
     VoteWithdrawn,
 )
+from ledger.log_events import LogKeyAdded, LogKeyRetired
 from ledger.values import Actor, AgentDescription, Artifact, Cost, Principal, Quorum, Replayed, Usage, Voter
 from ledger.view_events import (
     EventSkipped,
@@ -471,4 +472,10 @@ GOLDEN: list[tuple[Fact, str, str]] = [
         '{"asked":"skip","asked_by":{"issuer":"i","sub":"ana"},"because":"not parked","request":1,"view":"audit"}',
         "94f1902f1c2a2c9c",
     ),
+    (
+        LogKeyAdded(number=1, public="0a" * 32),
+        spelled('{"number":1,"public":"' + "0a" * 32 + '"}'),
+        "b554bce622ee1b52",
+    ),
+    (LogKeyRetired(number=1), '{"number":1}', "56f12ba320c18b6e"),
 ]
