@@ -1,0 +1,309 @@
+"""`muniment verify`: whether what was handed out is what was signed. It needs no server, no database and no settings.
+
+What is looked at is in files: a mirror of a log, bundles of evidence, proofs, checkpoints. What is believed is what the
+caller names: the keys of the log and of its witnesses, got from somewhere else than the files. Everything that is
+computed is in ledger/verify.py and ledger/evidence.py; here is what is opened, and what is said.
+"""
+
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, NamedTuple
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import msgspec
+from cyclopts import App, Parameter
+from msgspec import Struct
+
+from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNote, VerifierKey, read_hash
+from ledger.evidence import verify_bundle
+from ledger.merkle import InvalidProof
+from ledger.verify import Fault, Read, Signed, Trust, Verdict, read_checkpoint, verify_growth, verify_log, verify_proof
+from ops import OperatorError
+
+verify = App(
+    name="verify",
+    help="Verify a log's mirror, evidence, proofs and checkpoints, offline; or everything in the database.",
+)
+verify.command("ops.trees:database", name="database")
+
+FAULTY, NOT_SHOWN = 1, 2
+"""How the command ends where something is wrong, and where nothing is but not all is shown. Else 0."""
+
+
+class VerificationError(OperatorError):
+    """What was given cannot be looked at; the message says why."""
+
+
+class Growth(Struct):
+    """A consistency proof, as the service answers it."""
+
+    proof: list[str]
+
+
+class _Keys(Struct):
+    class Key(Struct):
+        vkey: str
+        until: str | None = None
+
+    keys: list[Key]
+
+
+class Given(NamedTuple):
+    """What there is to look at."""
+
+    mirrors: list[Path]
+    bundles: list[Path]
+    proofs: list[Path]
+    checkpoints: list[Path]
+    growths: list[list[bytes]]
+
+
+@verify.default
+def files(
+    *paths: Path,
+    key: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    witness: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    quorum: int | None = None,
+    entry: Path | None = None,
+) -> None:
+    """Verify files: mirrors, bundles of evidence, `.tlog-proof` files, checkpoints, consistency proofs.
+
+    Checkpoints that are given beside a mirror are what you hold: the mirror must have grown from each of them. Two of
+    them alone are compared with each other, by a consistency proof (the JSON that the service answers) where their
+    sizes differ.
+
+    Ends with 0 if all is shown, with 1 if something is wrong, and with 2 if nothing is but not all is shown: without
+    --key, whoever made the files may have made their keys too.
+
+    Parameters
+    ----------
+    paths
+        What to look at. Directories are mirrors.
+    key
+        A key of the log (`<origin>+<id>+<base64>`), or a file with keys: JSON as the service tells them, or one a
+        line. Have it from elsewhere than the files.
+    witness
+        The same of a witness whom you believe.
+    quorum
+        How many of the witnesses must have signed; all of them unless you say.
+    entry
+        For a `.tlog-proof`: the file with the exact bytes of the entry, unless the proof carries them.
+    """
+    if not paths:
+        raise VerificationError("name what to look at: a mirror's directory, a bundle, a proof, checkpoints")
+    witnesses = _keys(witness)
+    trust = Trust(_keys(key), witnesses, len(witnesses) if quorum is None else quorum)
+    told = Told()
+    given = _sorted_out(paths)
+    held = [_held(path, trust, told) for path in given.checkpoints]
+    for path in given.mirrors:
+        _mirror(path, trust, [signed.checkpoint for signed in held if signed], told)
+    held += [_bundle(path, trust, told) for path in given.bundles]
+    held += [_proof(path, entry, trust, told) for path in given.proofs]
+    if not given.mirrors:
+        _compare([signed.checkpoint for signed in held if signed], given.growths, told)
+    told.end()
+
+
+class Told(Struct):
+    """What was said so far: how often something was wrong, and how often not shown."""
+
+    faults: int = 0
+    not_shown: int = 0
+
+    def verdict(self, what: str, found: Verdict) -> None:
+        self.faults += found.faulty
+        print(f"{what}: {f'{found.faulty:,} faults' if found.faulty else 'whole'}")
+        if found.signed:
+            _tell(found.signed)
+        for fault in found.faults:
+            print(f"  {fault}")
+        if found.faulty > len(found.faults):
+            print(f"  and {found.faulty - len(found.faults):,} more")
+
+    def fault(self, fault: object) -> None:
+        self.faults += 1
+        print(fault)
+
+    def missing(self, what: str) -> None:
+        self.not_shown += 1
+        print(f"not shown: {what}")
+
+    def end(self) -> None:
+        if self.faults:
+            sys.exit(FAULTY)
+        if self.not_shown:
+            sys.exit(NOT_SHOWN)
+
+
+def _tell(signed: Signed) -> None:
+    checkpoint = signed.checkpoint
+    print(f"  {checkpoint.origin}: {checkpoint.size:,} entries, root {checkpoint.root.hex()}")
+    for key, at in signed.by.items():
+        print(f"  signed by {key}" if at is None else f"  seen by {key.name}, {at:%Y-%m-%d %H:%M:%S} UTC")
+
+
+def _mirror(path: Path, trust: Trust, held: Sequence[Checkpoint], told: Told) -> None:
+    read = in_directory(path)
+    trust = _trusting(trust, read, path, told)
+    found = verify_log(read, trust, held)
+    told.verdict(f"{path}: {found.entries:,} entries, {found.payloads:,} with data beside them", found)
+    for one in held if not found.faulty else ():
+        print(f"  and its first {one.size:,} entries are those of the checkpoint you hold")
+
+
+def _bundle(path: Path, trust: Trust, told: Told) -> Signed | None:
+    with ZipFile(path) as archive:
+        names = archive.namelist()
+        if len(set(names)) != len(names):
+            told.fault(f"{path}: it has two files of one name")
+            return None
+        read = in_archive(archive)
+        trust = _trusting(trust, read, path, told)
+        found, manifest = verify_bundle(read, trust)
+    asked = f", {manifest.asked}" if manifest else ""
+    told.verdict(f"{path}: {found.entries:,} entries{asked}", found)
+    if manifest:
+        complete = manifest.completeness
+        print(f"  completeness: {complete.state.replace('_', ' ')}: {complete.because}")
+        for missing in complete.missing:
+            print(f"    {missing}")
+    return None if found.faulty else found.signed
+
+
+def _proof(path: Path, entry: Path | None, trust: Trust, told: Told) -> Signed | None:
+    if not _has_key(trust, path, told):
+        return None
+    content = path.read_bytes()
+    try:
+        bytes_ = entry.read_bytes() if entry else InclusionProof.parse(content).extra
+        if not bytes_:
+            told.missing(f"{path}: of which entry it is; name the file with its bytes by --entry")
+            return None
+        position, signed = verify_proof(content, bytes_, trust)
+    except (InvalidNote, InvalidProof) as error:
+        told.fault(Fault(str(path), str(error)))
+        return None
+    print(f"{path}: the entry stands at position {position}")
+    _tell(signed)
+    return signed
+
+
+def _held(path: Path, trust: Trust, told: Told) -> Signed | None:
+    if not _has_key(trust, path, told):
+        return None
+    try:
+        signed = read_checkpoint(path.read_bytes(), trust)
+    except InvalidNote as error:
+        told.fault(Fault(str(path), str(error)))
+        return None
+    print(f"{path}: a checkpoint")
+    _tell(signed)
+    return signed
+
+
+def _compare(held: Sequence[Checkpoint], growths: Sequence[list[bytes]], told: Told) -> None:
+    """Each checkpoint with the next, of each log."""
+    ordered = sorted(set(held), key=lambda one: (one.origin, one.size))
+    for old, new in pairwise(ordered):
+        if old.origin != new.origin:
+            told.missing(f"{old.origin} and {new.origin} are two logs, and cannot be compared")
+            continue
+        try:
+            tried = [list(verify_growth(old, new, proof)) for proof in (*growths, *([] if growths else [None]))]
+        except ValueError as error:
+            told.missing(f"whether {new.size:,} entries begin with those {old.size:,}: {error}")
+            continue
+        if all(tried):
+            told.fault(tried[0][0])
+        else:
+            print(f"the first {old.size:,} of the {new.size:,} entries are those {old.size:,}")
+
+
+# What is given
+
+
+def _sorted_out(paths: Sequence[Path]) -> Given:
+    given = Given([], [], [], [], [])
+    for path in paths:
+        try:
+            if path.is_dir():
+                given.mirrors.append(path)
+            elif is_zipfile(path):
+                given.bundles.append(path)
+            elif (content := path.read_bytes()).startswith(b"c2sp.org/tlog-proof@"):
+                given.proofs.append(path)
+            elif content.startswith(b"{"):
+                hashes = msgspec.json.decode(content, type=Growth).proof
+                given.growths.append([read_hash(one) for one in hashes])
+            else:
+                given.checkpoints.append(path)
+        except OSError as error:
+            raise VerificationError(f"{path} cannot be read: {error.strerror}") from None
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise VerificationError(f"{path} is no consistency proof: {error}") from None
+    return given
+
+
+def _keys(given: Sequence[str]) -> list[VerifierKey]:
+    found: list[VerifierKey] = []
+    for one in given:
+        path = Path(one)
+        try:
+            found += [VerifierKey.parse(one)] if "+" in one and not path.exists() else _read_keys(path.read_bytes())
+        except OSError as error:
+            raise VerificationError(f"{one} is neither a key nor a file that can be read: {error.strerror}") from None
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise VerificationError(f"{one}: {error}") from None
+    return found
+
+
+def _read_keys(content: bytes) -> list[VerifierKey]:
+    if content.lstrip().startswith(b"{"):
+        return [VerifierKey.parse(key.vkey) for key in msgspec.json.decode(content, type=_Keys).keys]
+    return [VerifierKey.parse(line) for line in content.decode().split()]
+
+
+def _has_key(trust: Trust, path: Path, told: Told) -> bool:
+    if not trust.log:
+        told.missing(f"{path}: who signed it; name the log's key by --key")
+    return bool(trust.log)
+
+
+def _trusting(trust: Trust, read: Read, path: Path, told: Told) -> Trust:
+    """With the keys that came with the files, where none are given."""
+    if trust.log:
+        return trust
+    told.missing(f"{path}: whose keys those are that came with it; name the log's key by --key")
+    try:
+        return trust._replace(log=[key for key in _read_keys(read("keys.json")) if key.type != COSIGNATURE])
+    except (FileNotFoundError, msgspec.MsgspecError, ValueError):
+        return trust
+
+
+def in_directory(directory: Path) -> Read:
+    """The files of a directory."""
+
+    def read(path: str) -> bytes:
+        try:
+            return (directory / path).read_bytes()
+        except (IsADirectoryError, NotADirectoryError):
+            raise FileNotFoundError(path) from None
+
+    return read
+
+
+def in_archive(archive: ZipFile) -> Read:
+    """The files of a zip file."""
+
+    def read(path: str) -> bytes:
+        try:
+            return archive.read(path)
+        except KeyError:
+            raise FileNotFoundError(path) from None
+        except (BadZipFile, NotImplementedError, RuntimeError):
+            return b""  # by its own checksum it is not what was written: then it is nothing that a proof is about
+
+    return read

@@ -1,0 +1,193 @@
+"""`muniment verify`: from files alone, it shows, names what is wrong, or says what it does not show."""
+
+import os
+import subprocess
+import sys
+from base64 import b64encode
+from pathlib import Path
+from zipfile import ZipFile, ZipInfo
+
+import msgspec
+import pytest
+
+from ledger.evidence import Asked
+from tests.ledger.test_evidence import bundle
+from tests.ledger.written import (
+    LOG,
+    WITNESSES,
+    Files,
+    checkpoint_of,
+    entries,
+    event,
+    growth_of,
+    proof_of,
+    signed,
+    written,
+)
+
+HISTORY = entries(300, 3)
+KEY = str(LOG.verifier)
+KEYS = msgspec.json.encode({"keys": [{"vkey": KEY, "from": "2026-11-21T09:00:00.000000Z"}]})
+
+
+def verify(*arguments: object) -> tuple[int, str]:
+    """How it ended, and what it said. It has no database and no settings, and none to find."""
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "DATABASE_URL": "nonsense"}
+    line = [sys.executable, "-P", "-m", "ops.cli", "verify", *map(str, arguments)]
+    ended = subprocess.run(line, env=environ, capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def mirror(directory: Path, files: Files) -> Path:
+    for path, content in files.items():
+        directory.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
+        directory.joinpath(path).write_bytes(content)
+    return directory
+
+
+def archive(path: Path, files: Files) -> Path:
+    with ZipFile(path, "w") as made:
+        for name, content in files.items():
+            made.writestr(ZipInfo(name), content)
+    return path
+
+
+def file(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_a_mirror_is_shown_to_be_what_was_signed_and_seen(tmp_path: Path) -> None:
+    code, said = verify(
+        mirror(tmp_path / "log", written(HISTORY)),
+        *("--key", KEY, "--witness", WITNESSES[0].verifier, "--witness", WITNESSES[1].verifier),
+    )
+    assert code == 0, said
+    assert "300 entries, 0 with data beside them: whole" in said
+    assert f"signed by {KEY}" in said
+    assert "seen by witness-1.example, 2026-11-21 09:00:00 UTC" in said
+
+
+def test_without_a_key_of_the_callers_own_not_all_is_shown(tmp_path: Path) -> None:
+    code, said = verify(mirror(tmp_path / "log", written(HISTORY) | {"keys.json": KEYS}))
+    assert code == 2
+    assert "whose keys those are that came with it" in said
+    assert "300 entries, 0 with data beside them: whole" in said
+
+
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path) -> None:
+    directory = mirror(tmp_path / "log", written(HISTORY))
+    path = directory / "tile/entries/000"
+    path.write_bytes(path.read_bytes().replace(b"number 17", b"number 71"))
+    code, said = verify(directory, "--key", file(tmp_path / "keys", KEYS))
+    assert code == 1
+    assert "  17: its bytes are not those that were signed (expected " in said
+
+
+def test_too_few_witnesses_are_too_few(tmp_path: Path) -> None:
+    directory = mirror(tmp_path / "log", written(HISTORY, note=signed(checkpoint_of(HISTORY), witnesses=WITNESSES[:1])))
+    both = ("--witness", WITNESSES[0].verifier, "--witness", WITNESSES[1].verifier)
+    assert verify(directory, "--key", KEY, *both)[0] == 1
+    assert verify(directory, "--key", KEY, *both, "--quorum", 1)[0] == 0
+
+
+def test_a_mirror_is_compared_with_the_checkpoints_that_are_held(tmp_path: Path) -> None:
+    directory = mirror(tmp_path / "log", written(HISTORY))
+    held = [file(tmp_path / str(size), signed(checkpoint_of(HISTORY[:size]))) for size in (100, 299)]
+    code, said = verify(directory, *held, "--key", KEY)
+    assert code == 0, said
+    assert "its first 299 entries are those of the checkpoint you hold" in said
+    forked = file(tmp_path / "forked", signed(checkpoint_of([*HISTORY[:99], event(400)[0]])))
+    code, said = verify(directory, *held, forked, "--key", KEY)
+    assert code == 1
+    assert "root: the first 100 entries are not those that were signed" in said
+    longer = file(tmp_path / "longer", signed(checkpoint_of([*HISTORY, event(301)[0]])))
+    assert "history was rolled back" in verify(directory, longer, "--key", KEY)[1]
+
+
+def test_two_checkpoints_are_compared_by_a_consistency_proof(tmp_path: Path) -> None:
+    older = file(tmp_path / "older", signed(checkpoint_of(HISTORY[:100])))
+    newer = file(tmp_path / "newer", signed(checkpoint_of(HISTORY)))
+    proof = msgspec.json.encode({"proof": [b64encode(one).decode() for one in growth_of(HISTORY, 100)]})
+    code, said = verify(newer, older, file(tmp_path / "consistency.json", proof), "--key", KEY)
+    assert code == 0, said
+    assert "the first 100 of the 300 entries are those 100" in said
+    code, said = verify(newer, older, "--key", KEY)
+    assert code == 2
+    assert "a consistency proof from 100 to 300 is needed" in said
+    other = file(tmp_path / "other", signed(checkpoint_of([*HISTORY[:99], event(400)[0]])))
+    code, said = verify(newer, other, file(tmp_path / "consistency.json", proof), "--key", KEY)
+    assert code == 1
+    assert "it is not shown that 300 entries begin with those 100" in said
+
+
+def test_a_fork_is_shown_by_two_checkpoints(tmp_path: Path) -> None:
+    one = file(tmp_path / "one", signed(checkpoint_of(HISTORY)))
+    other = file(tmp_path / "other", signed(checkpoint_of([*HISTORY[:-1], event(301)[0]])))
+    code, said = verify(one, other, "--key", KEY)
+    assert code == 1
+    assert "its log signed two histories of 300 entries" in said
+
+
+def test_a_proof_shows_where_its_entry_stands(tmp_path: Path) -> None:
+    proof = file(tmp_path / "17.tlog-proof", proof_of(HISTORY, 17))
+    entry = file(tmp_path / "17.json", HISTORY[16])
+    code, said = verify(proof, "--entry", entry, "--key", KEY)
+    assert (code, "the entry stands at position 17" in said) == (0, True)
+    assert verify(proof, "--key", KEY)[0] == 2
+    assert verify(proof, "--entry", entry)[0] == 2
+    entry.write_bytes(HISTORY[17])
+    code, said = verify(proof, "--entry", entry, "--key", KEY)
+    assert (code, "the proof leads to another root" in said) == (1, True)
+
+
+def test_a_bundle_is_shown_and_what_is_changed_in_it_named(tmp_path: Path) -> None:
+    files = bundle(Asked(first=3, last=7), range(3, 8), HISTORY)
+    code, said = verify(archive(tmp_path / "whole.zip", files), "--key", KEY)
+    assert code == 0, said
+    assert "5 entries, positions 3 to 7: whole" in said
+    assert "completeness: proven: each position from 3 to 7 is here" in said
+    files["entries/5.json"] = files["entries/5.json"].replace(b"number 5", b"number 6")
+    code, said = verify(archive(tmp_path / "changed.zip", files), "--key", KEY)
+    assert code == 1
+    assert "  5: it is not shown that its bytes stand there: the proof leads to another root" in said
+
+
+def test_a_bundle_that_is_damaged_on_the_way_is_named_at_its_place(tmp_path: Path) -> None:
+    path = archive(tmp_path / "bundle.zip", bundle(Asked(first=3, last=7), range(3, 8), HISTORY))
+    path.write_bytes(path.read_bytes().replace(b"number 5", b"number 6"))
+    code, said = verify(path, "--key", KEY)
+    assert (code, "  5: it is not shown that its bytes stand there" in said) == (1, True)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_bundle_with_two_files_of_one_name_shows_nothing(tmp_path: Path) -> None:
+    files = bundle(Asked(first=3, last=7), range(3, 8), HISTORY)
+    path = archive(tmp_path / "bundle.zip", files)
+    with ZipFile(path, "a") as made:
+        made.writestr("entries/5.json", b"another")
+    code, said = verify(path, "--key", KEY)
+    assert (code, "it has two files of one name" in said) == (1, True)
+
+
+def test_a_bundle_is_compared_with_a_checkpoint_that_is_held(tmp_path: Path) -> None:
+    path = archive(tmp_path / "bundle.zip", bundle(Asked(first=3, last=7), range(3, 8), HISTORY))
+    forked = file(tmp_path / "forked", signed(checkpoint_of([*HISTORY[:-1], event(301)[0]])))
+    code, said = verify(path, forked, "--key", KEY)
+    assert (code, "two histories of 300 entries" in said) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "name what to look at"),
+        (["nowhere"], "nowhere cannot be read: No such file"),
+        (["x", "--key", "a+b"], "is not a verifier key"),
+        (["x", "--key", "nowhere"], "nowhere is neither a key nor a file"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_said(arguments: list[str], expected: str) -> None:
+    code, said = verify(*arguments)
+    assert code == 1
+    assert expected in said
+    assert "Traceback" not in said
