@@ -97,11 +97,11 @@ class Desk:
 @asynccontextmanager
 async def connected() -> AsyncGenerator[Connection]:
     """A connection to look with."""
-    async with _pool() as reached, reached.pool.connection() as connection:
+    async with reached() as (_, pool), pool.connection() as connection:
         yield connection
 
 
-class _Reached(NamedTuple):
+class Reached(NamedTuple):
     settings: Settings
     pool: Pool
 
@@ -111,7 +111,7 @@ async def open_desk(view: str) -> AsyncGenerator[Desk]:
     """A desk about that view. The operators' ledger is made at its first use. Raises ViewsError, UnusableKey."""
     if view not in VIEWS:
         raise ViewsError(f"there is no view {view!r}: there are {', '.join(VIEWS)}")
-    async with _pool() as (settings, pool):
+    async with reached() as (settings, pool):
         vault = Vault(settings.keys_dir, pool, create_keys=True)
         async with pool.connection() as connection:
             is_new = await store.find_ledger(connection, OPERATORS) is None
@@ -130,13 +130,13 @@ async def open_desk(view: str) -> AsyncGenerator[Desk]:
 
 
 @asynccontextmanager
-async def _pool() -> AsyncGenerator[_Reached]:
+async def reached() -> AsyncGenerator[Reached]:
     """The database, as the worker uses it; what is wrong with that is said in a sentence."""
     with running_database(local_settings(any_mode=True), "muniment_worker") as settings:
         async with open_pool(settings.database_url, 4) as pool:
             try:
                 with store_errors():
-                    yield _Reached(settings, pool)
+                    yield Reached(settings, pool)
             except psycopg.errors.InsufficientPrivilege as error:
                 raise ViewsError(
                     "who asks must be let in as an API or a worker is (muniment_api, muniment_worker): name one in "

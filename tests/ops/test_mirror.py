@@ -1,0 +1,113 @@
+"""`muniment publish`: a copy that anybody can verify, that follows its log, and that never follows another."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from ledger.checkpoint import Checkpoint, Note, VerifierKey
+from ledger.commands import OpenSession, Record
+from ledger.verify import Trust, Verdict, verify_log
+from ops.mirror import MirrorError, write
+from ops.verification import in_directory
+from tests.conftest import Database
+from tests.ops.published import LARGE, Ledger, files_of, publishing
+
+
+@pytest.fixture
+async def ledger(database: Database, tmp_path: Path) -> AsyncIterator[Ledger]:
+    async with publishing(database, tmp_path / "home") as ledger:
+        yield ledger
+
+
+async def grow(ledger: Ledger, count: int) -> None:
+    for n in range(count):
+        await ledger.give(Record(kind="message.user", body={"content": f"number {n}"}))
+
+
+async def publish(ledger: Ledger, directory: Path) -> None:
+    log = await ledger.publish()
+    async with ledger.pool.connection() as connection:
+        await write(connection, await ledger.ledger_id(), log, directory)
+
+
+async def looked_at(ledger: Ledger, directory: Path, *held: Checkpoint) -> Verdict:
+    return verify_log(in_directory(directory), Trust([VerifierKey.parse(await ledger.key())]), held)
+
+
+def checkpoint(directory: Path) -> Checkpoint:
+    return Checkpoint.parse(Note.parse((directory / "checkpoint").read_bytes()).text)
+
+
+async def test_a_mirror_is_verified_by_its_files_alone(ledger: Ledger, tmp_path: Path) -> None:
+    await grow(ledger, 5)
+    await ledger.give(Record(kind="message.user", body={"content": LARGE}))
+    await publish(ledger, tmp_path / "log")
+    seen = await looked_at(ledger, tmp_path / "log")
+    assert (seen.faults, seen.entries, seen.payloads) == ([], 6, 1)
+    names = set(files_of(tmp_path / "log"))
+    assert {"checkpoint", "keys.json", "tile/0/000.p/6", "tile/entries/000.p/6"} < names
+    assert len([name for name in names if name.startswith("payload/")]) == 1
+
+
+async def test_a_mirror_follows_its_log_and_serves_what_it_served(ledger: Ledger, tmp_path: Path) -> None:
+    directory = tmp_path / "log"
+    held: list[Checkpoint] = []
+    kept: dict[str, bytes] = {}
+    for count in (3, 250, 10, 1, 300):
+        await grow(ledger, count)
+        await publish(ledger, directory)
+        seen = await looked_at(ledger, directory, *held)
+        assert (seen.faults, seen.entries) == ([], checkpoint(directory).size)
+        held.append(checkpoint(directory))
+        now = files_of(directory)
+        for path, content in kept.items():
+            if path in now and path not in ("checkpoint", "keys.json"):
+                assert now[path] == content, f"{path} was changed"
+            elif path not in now:  # a part goes when the full one is there
+                assert now[path.partition(".p/")[0]].startswith(content)
+        kept = now
+    assert [one.size for one in held] == [3, 253, 263, 264, 564]
+
+
+async def test_nothing_new_is_nothing_written(ledger: Ledger, tmp_path: Path) -> None:
+    await grow(ledger, 3)
+    await publish(ledger, tmp_path / "log")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "log/tile").rglob("*")}
+    await publish(ledger, tmp_path / "log")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "log/tile").rglob("*")} == before
+
+
+async def test_a_mirror_of_another_history_is_kept_as_it_is(ledger: Ledger, tmp_path: Path) -> None:
+    await grow(ledger, 3)
+    await publish(ledger, tmp_path / "log")
+    log = await ledger.publish()
+    ledger.tamper("UPDATE ledger.events SET leaf = sha256('x') WHERE position = 2")
+    before = files_of(tmp_path / "log")
+    async with ledger.pool.connection() as connection:
+        with pytest.raises(MirrorError, match="first 3 entries are not those of the mirror"):
+            await write(connection, await ledger.ledger_id(), log, tmp_path / "log")
+    assert files_of(tmp_path / "log") == before
+
+
+async def test_a_mirror_that_has_more_than_the_log_shows_a_roll_back(ledger: Ledger, tmp_path: Path) -> None:
+    await grow(ledger, 3)
+    older = await ledger.publish()
+    await grow(ledger, 2)
+    await publish(ledger, tmp_path / "log")
+    async with ledger.pool.connection() as connection:
+        with pytest.raises(MirrorError, match="it was rolled back"):
+            await write(connection, await ledger.ledger_id(), older, tmp_path / "log")
+
+
+async def test_another_directory_is_not_written_over(ledger: Ledger, tmp_path: Path) -> None:
+    await ledger.give(OpenSession(agent_role="finance"))
+    tmp_path.joinpath("mine").mkdir()
+    tmp_path.joinpath("mine/thesis.tex").write_text("dear to me")
+    with pytest.raises(MirrorError, match="has files of others"):
+        await publish(ledger, tmp_path / "mine")
+    await publish(ledger, tmp_path / "log")
+    path = tmp_path / "log/checkpoint"
+    path.write_bytes(path.read_bytes().replace(b"localhost/", b"elsewhere/", 1))
+    with pytest.raises(MirrorError, match="The mirror is of elsewhere/"):
+        await publish(ledger, tmp_path / "log")
