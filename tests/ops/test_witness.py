@@ -352,8 +352,8 @@ def test_killed_at_any_moment_it_has_answered_nothing_that_it_forgot(tmp_path: P
 
 def test_what_is_stored_survives_the_machine(witness: RunningWitness) -> None:
     with closing(connect(witness.home / "witness.db", "rw")) as store:
-        assert store.execute("PRAGMA synchronous").fetchone() == (3,)
-        assert store.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert store.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert store.execute("PRAGMA journal_mode").fetchone() == ("truncate",)
 
 
 def test_a_store_that_cannot_be_used_signs_nothing(witness: RunningWitness, log: Log) -> None:
