@@ -62,6 +62,7 @@ app.command("ops.doctor:doctor", name="doctor")
 app.command("ops.witness:witness", name="witness")
 app.command("ops.backup:backup", name="backup")
 app.command("ops.backup:restore", name="restore")
+app.command("ops.evidence:evidence", name="evidence")
 app.command("ops.mirror:publish", name="publish")
 app.command("ops.verification:verify", name="verify")
 
