@@ -2,7 +2,7 @@
 -- Why: whoever holds a checkpoint can then show that nothing before it was changed, without trusting anybody here; and
 -- who signs can see, from what was signed before, that history was rolled back, and refuse.
 -- When: before the code.
--- Locks: none on existing tables.
+-- Locks: ledger.payloads, against appends of data that stands beside its entry, while it is indexed.
 
 -- One row a ledger that a publisher has met, and the lock by which one of them works on it. `signed` is the newest note
 -- that the log has signed, durable before anybody sees it; `published` the one that is served, with what witnesses said
@@ -44,6 +44,10 @@ CREATE TABLE ledger.log_keys (
     added_at timestamptz NOT NULL,
     retired_at timestamptz CHECK (retired_at >= added_at)
 );
+
+-- What stands beside an entry is asked for by the digest that the entry says.
+-- squawk-ignore require-concurrent-index-creation
+CREATE INDEX payloads_by_digest ON ledger.payloads (ledger_id, sha256(data));
 
 -- A checkpoint that anybody may hold is never taken back, nor is another put in its place; more may sign it.
 CREATE FUNCTION ledger.keep_log() RETURNS trigger LANGUAGE plpgsql AS $$

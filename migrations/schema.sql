@@ -563,6 +563,8 @@ CREATE INDEX open_items_by_root ON ledger.open_items USING btree (ledger_id, roo
 
 CREATE INDEX open_items_waited_on ON ledger.open_items USING btree (ledger_id, session_id) WHERE (item_type = 'approval'::text);
 
+CREATE INDEX payloads_by_digest ON ledger.payloads USING btree (ledger_id, sha256(data));
+
 CREATE INDEX tasks_leased ON ledger.tasks USING btree (lease_until) WHERE (state = 'running'::text);
 
 CREATE INDEX tasks_on_offer ON ledger.tasks USING btree (ledger_id, kind, rank, run_at, task_id) WHERE (state = ANY (ARRAY['queued'::text, 'retrying'::text]));
