@@ -288,6 +288,8 @@ def convert(sent: dict[str, str], declared: type[Q]) -> Q:
         if text.startswith("Object contains unknown field"):
             at = text.split("`")[1]
             detail = f"there is no such parameter; there are {', '.join(declared.__struct_encode_fields__) or 'none'}"
+        elif text.startswith("Object missing required field"):
+            at, detail = text.split("`")[1], "it must be there"
         raise MalformedRequest([{"pointer": at, "detail": detail}]) from None
     for name, text in sent.items():
         # To msgspec a number in text is a time as well, in seconds; here times are RFC 3339.
