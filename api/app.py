@@ -27,6 +27,7 @@ from api import (
     docs,
     events,
     health,
+    log,
     metrics,
     openapi,
     projections,
@@ -50,7 +51,7 @@ from ledger.vault import Vault
 
 CONNECTIONS_MAX = 8
 PARAMETER = re.compile(r"\{(\w+):str\}")
-RESOURCES = (sessions, records, tasks, approvals, commands, events, audit, projections, health, metrics, docs)
+RESOURCES = (sessions, records, tasks, approvals, commands, events, audit, log, projections, health, metrics, docs)
 
 
 @asynccontextmanager

@@ -151,6 +151,12 @@ async def show(call: Call, page: Page, headers: list[tuple[bytes, bytes]], **bes
     return Answer(200, b'{"events":[' + b",".join(events) + b"]," + msgspec.json.encode(end)[1:], headers)
 
 
+def position_of(call: Call) -> int:
+    """The position that the path names; 0, which no event has, where it names none."""
+    named = call.scope["path_params"]["position"]
+    return int(named) if named.isascii() and named.isdigit() and len(named) < 20 else 0
+
+
 async def _read(call: Call, positions: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
     """The events at these positions, in this order, a few at a time."""
     for begin in range(0, len(positions), FETCH_EVENTS):
@@ -258,11 +264,10 @@ async def list_events(call: Call, query: Found) -> Answer:
 @reading("/events/{position:str}", tag="events", answers={200: ShownEvent}, sends=("Ledger-Position",), query=Fresh)
 async def get_event(call: Call, query: Fresh) -> Answer:
     """One event, by its position."""
-    named = call.scope["path_params"]["position"]
     at = await head(call, query, "audit")
-    position = int(named) if named.isascii() and named.isdigit() and len(named) < 20 else 0
+    position = position_of(call)
     if not 1 <= position <= at.head:
-        raise NotFound(what="event", id=named[:100])
+        raise NotFound(what="event", id=call.scope["path_params"]["position"][:100])
     event = [shown async for _, shown in _read(call, [position])]
     return Answer(200, event[0], [(b"ledger-position", b"%d" % at.head)])
 

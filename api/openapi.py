@@ -15,9 +15,10 @@ import msgspec
 from litestar.handlers import HTTPRouteHandler
 
 from api.http import Operation
+from api.log import PayloadDigest, TileIndex, TileLevel
 from api.problems import Problem
 from api.resources import BESIDE, HIDDEN
-from ledger.commands import Command, CommandId
+from ledger.commands import Command, CommandId, ProjectId
 from ledger.errors import InternalError, MunimentError
 from ledger.values import Count, Line
 
@@ -35,6 +36,7 @@ _HEADERS: dict[str, tuple[str, Json]] = {
     "Ledger-Id": ("The ledger that this is about; another one means that positions began anew.", _TEXT),
     "Ledger-Position": ("Of a command: its last event. Of a read: how far it has seen.", _NUMBER),
     "Command-Id": ("The id of the command; send it again to ask what became of it.", _TEXT),
+    "Cache-Control": ("How long it may be kept by who asked: a year, where it never changes.", _TEXT),
     "ETag": ("The version of the one thing that this is about.", _TEXT),
     "Location": ("Where the created thing is.", _TEXT),
     "Idempotent-Replayed": ("`true` when this command was answered before, and this is that answer.", _TEXT),
@@ -51,7 +53,15 @@ _HEADERS: dict[str, tuple[str, Json]] = {
     "WWW-Authenticate": ("`Bearer`.", _TEXT),
     "Allow": ("The methods that are possible here.", _TEXT),
 }
-_PATH_TYPES: dict[str, Any] = {"command_id": CommandId, "position": Count, "view": Line}
+_PATH_TYPES: dict[str, Any] = {
+    "command_id": CommandId,
+    "position": Count,
+    "view": Line,
+    "project": ProjectId,
+    "level": TileLevel,
+    "index": TileIndex,
+    "digest": PayloadDigest,
+}
 
 
 def document(handlers: Sequence[HTTPRouteHandler]) -> Json:

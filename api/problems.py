@@ -24,6 +24,7 @@ from ledger.errors import (
     Unauthenticated,
 )
 from ledger.project_key import UnusableKey
+from ledger.tree import Damaged
 from ledger.vault import BrokenSeal
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,9 @@ def as_error(raised: Exception, method: str, path: str) -> MunimentError:
         case BrokenSeal():
             log.error("%s %s: %s", method, path, raised)
             return InternalError(why="A sealed value in this answer was altered, or moved from another place")
+        case Damaged():
+            log.error("%s %s: %s", method, path, raised)
+            return InternalError(why="What is stored of this ledger is not all there, or was altered")
         case _:
             log.error("%s %s failed", method, path, exc_info=raised)
             return InternalError(why="This request met an error that nobody foresaw")

@@ -114,6 +114,11 @@ class SingleHeaders(Struct, rename={"if_none_match": "If-None-Match"}):
 Work = Callable[[Call, Q], Awaitable[Answer]]
 
 
+def readers(call: Call) -> None:
+    """Raises Forbidden unless the caller may read what is recorded in the project."""
+    call.caller.require_reader("Reading")
+
+
 def reading(
     path: str,
     *,
@@ -123,8 +128,9 @@ def reading(
     headers: type[Struct] | None = None,
     sends: tuple[str, ...] = (),
     empty: Work[Q] | None = None,
+    require: Callable[[Call], None] = readers,
 ) -> Callable[[Work[Q]], HTTPRouteHandler]:
-    """Make a GET route (and HEAD), for callers who may read, of a function of the call and its parameters.
+    """Make a GET route (and HEAD), for callers of whom `require` holds, of a function of the call and its parameters.
 
     `empty` is what a project that has no ledger yet is answered; without it the answer is 404.
     """
@@ -133,7 +139,7 @@ def reading(
         async def work(call: Call) -> Answer:
             call.read_headers()
             await call.authenticate()
-            call.caller.require_reader("Reading")
+            require(call)
             parameters = read_query(call.scope["query_string"], query)
             if await call.find_ledger() is not None:
                 return await function(call, parameters)
@@ -364,7 +370,7 @@ async def single(
             known_beside = await beside(connection, state)
         etag = resources.etag(state)
         headers = [(b"etag", etag), (b"ledger-position", b"%d" % at.head)]
-        if known is None or not _matches(known, etag):
+        if known is None or not matches(known, etag):
             shown = await resources.encode(call.api.vault, call.caller.project_id, state, known_beside)
             return Answer(200, shown, headers)
         was = at.head
@@ -386,12 +392,12 @@ async def _past_single(call: Call, what: str, stream_id: UUID, beside: Beside, t
         known_beside = await beside(connection, state)
     etag, known = resources.etag(state), call.headers.get(b"if-none-match")
     headers = [(b"etag", etag), (b"ledger-position", b"%d" % then.position)]
-    if known is not None and _matches(known, etag):
+    if known is not None and matches(known, etag):
         return Answer(304, b"", headers)
     return Answer(200, await resources.encode(call.api.vault, call.caller.project_id, state, known_beside), headers)
 
 
-def _matches(known: bytes, etag: bytes) -> bool:
+def matches(known: bytes, etag: bytes) -> bool:
     """RFC 9110 s13.1.2: weak comparison with any of a list; `*` is any."""
     tags = [tag.strip().removeprefix(b"W/") for tag in known.split(b",")]
     return b"*" in tags or etag in tags

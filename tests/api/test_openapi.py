@@ -35,7 +35,7 @@ from tests.conftest import TEMPLATE, Database, database_of
 SEMANTIC = re.compile(
     r"make them agree|in the future|beyond 2\^53|it is for one command|reserved|`after`|given here|`=` nor `:`|words"
     r"|either `kinds` or one `task_id`|with the role before it|with `start` it begins now|not after the time"
-    r"|both say when|asked of the past"
+    r"|both say when|asked of the past|that are published|more than `to`"
     r"|only what is pending|\$personal|Expected `int( \| null)?`, got `float`"  # to JSON Schema 3.0 is an integer
 )
 REFUSED = ["400", "401", "403", "404", "405", "409", "410", "412", "413", "415", "422", "429", "503"]
@@ -188,6 +188,13 @@ async def test_the_document_that_is_served_is_this_one_and_names_every_route(cli
         ("/commands/{command_id}", "GET"),
         ("/events", "GET"),
         ("/events/{position}", "GET"),
+        ("/events/{position}/proof", "GET"),
+        ("/ledger/{project}/checkpoint", "GET"),
+        ("/ledger/{project}/tile/{level}/{index}", "GET"),
+        ("/ledger/{project}/tile/entries/{index}", "GET"),
+        ("/ledger/{project}/payload/{digest}", "GET"),
+        ("/ledger/{project}/keys", "GET"),
+        ("/ledger/{project}/consistency", "GET"),
         ("/audit/search", "GET"),
         ("/projections", "GET"),
         ("/projections/{view}", "GET"),
