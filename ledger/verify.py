@@ -228,9 +228,12 @@ def _comparable(now: Checkpoint, held: Collection[Checkpoint], verdict: Verdict)
         if one.origin != now.origin:
             verdict.add("checkpoint", "it is of another log than the one that is held", one.origin, now.origin)
         elif one.size > now.size:
-            verdict.add("checkpoint", "history was rolled back: more was signed", str(one.size), str(now.size))
+            verdict.add("checkpoint", OLDER, str(one.size), str(now.size))
         else:
             yield one
+
+
+OLDER = "it ends before the one that is held: history was rolled back, or this is an older copy"
 
 
 def _parts(read: Read, kind: str, index: int, width: int, verdict: Verdict) -> list[bytes]:

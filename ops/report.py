@@ -11,12 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
+from itertools import islice
 from string import Template
 from typing import Any, NamedTuple
 
+import msgspec
+
+from ledger.entry import whole
 from ledger.evidence import Manifest
 from ledger.vault import ERASED, SEALED
-from ledger.verify import Signed
+from ledger.verify import Read, Signed
 
 EVENTS_MAX = 5_000
 """So many are told; a browser bears no more. All are in the bundle."""
@@ -59,6 +63,17 @@ def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told]
         rests="".join(_rests(manifest, signed)),
         vkey=_text(vkey),
     )
+
+
+def report_of(manifest: Manifest, signed: Signed, read: Read) -> str:
+    """The page, from a bundle that was verified."""
+    events: list[Told] = []
+    for position in islice((at for first, last in manifest.runs for at in range(first, last + 1)), EVENTS_MAX):
+        entry = read(f"entries/{position}.json")
+        beside = msgspec.json.decode(entry).get("data_sha256")
+        events.append(Told(position, msgspec.json.decode(whole(entry, read(f"payload/{beside}") if beside else None))))
+    vkey = next(key for key, at in signed.by.items() if at is None)
+    return report(manifest, signed, str(vkey), events)
 
 
 _page = Template(files("ops").joinpath("report.html").read_text("utf-8"))

@@ -19,8 +19,10 @@ from msgspec import Struct
 from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNote, VerifierKey, read_hash
 from ledger.evidence import verify_bundle
 from ledger.merkle import InvalidProof
+from ledger.values import Stamp, stamp
 from ledger.verify import Fault, Read, Signed, Trust, Verdict, read_checkpoint, verify_growth, verify_log, verify_proof
 from ops import OperatorError
+from ops.report import report_of
 
 verify = App(
     name="verify",
@@ -42,12 +44,13 @@ class Growth(Struct):
     proof: list[str]
 
 
-class _Keys(Struct):
-    class Key(Struct):
-        vkey: str
-        until: str | None = None
+class _Key(Struct):
+    vkey: str
+    until: Stamp | None = None
 
-    keys: list[Key]
+
+class _Keys(Struct):
+    keys: list[_Key]
 
 
 class Given(NamedTuple):
@@ -67,6 +70,7 @@ def files(
     witness: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     quorum: int | None = None,
     entry: Path | None = None,
+    report: Path | None = None,
 ) -> None:
     """Verify files: mirrors, bundles of evidence, `.tlog-proof` files, checkpoints, consistency proofs.
 
@@ -90,26 +94,32 @@ def files(
         How many of the witnesses must have signed; all of them unless you say.
     entry
         For a `.tlog-proof`: the file with the exact bytes of the entry, unless the proof carries them.
+    report
+        For a bundle: where to write its report, made anew from the entries that were verified.
     """
     if not paths:
         raise VerificationError("name what to look at: a mirror's directory, a bundle, a proof, checkpoints")
-    witnesses = _keys(witness)
-    trust = Trust(_keys(key), witnesses, len(witnesses) if quorum is None else quorum)
-    told = Told()
-    given = _sorted_out(paths)
-    held = [_held(path, trust, told) for path in given.checkpoints]
-    for path in given.mirrors:
-        _mirror(path, trust, [signed.checkpoint for signed in held if signed], told)
-    held += [_bundle(path, trust, told) for path in given.bundles]
-    held += [_proof(path, entry, trust, told) for path in given.proofs]
+    try:
+        log, witnesses, given = _keys(key), _keys(witness), _sorted_out(paths)
+        trust = Trust(list(log), list(witnesses), len(witnesses) if quorum is None else quorum)
+        told = Told({key: until for key, until in log.items() if until is not None})
+        held = [_held(path, trust, told) for path in given.checkpoints]
+        held += [_bundle(path, trust, told, report) for path in given.bundles]
+        held += [_proof(path, entry, trust, told) for path in given.proofs]
+        known = [signed.checkpoint for signed in held if signed]
+        for path in given.mirrors:
+            _mirror(path, trust, known, told)
+    except (OSError, BadZipFile) as error:
+        raise VerificationError(f"what was given cannot be read: {error}") from None
     if not given.mirrors:
-        _compare([signed.checkpoint for signed in held if signed], given.growths, told)
+        _compare(known, given.growths, told)
     told.end()
 
 
 class Told(Struct):
-    """What was said so far: how often something was wrong, and how often not shown."""
+    """What was said so far: how often something was wrong, and how often not shown. `retired`: keys, and since when."""
 
+    retired: dict[VerifierKey, Stamp]
     faults: int = 0
     not_shown: int = 0
 
@@ -117,11 +127,27 @@ class Told(Struct):
         self.faults += found.faulty
         print(f"{what}: {f'{found.faulty:,} faults' if found.faulty else 'whole'}")
         if found.signed:
-            _tell(found.signed)
+            self.signed(found.signed)
         for fault in found.faults:
             print(f"  {fault}")
         if found.faulty > len(found.faults):
             print(f"  and {found.faulty - len(found.faults):,} more")
+
+    def signed(self, signed: Signed) -> None:
+        checkpoint = signed.checkpoint
+        print(f"  {checkpoint.origin}: {checkpoint.size:,} entries, root {checkpoint.root.hex()}")
+        for key, at in signed.by.items():
+            print(f"  signed by {key}" if at is None else f"  seen by {key.name}, {at:%Y-%m-%d %H:%M:%S} UTC")
+        ends = [self.retired.get(key) for key, at in signed.by.items() if at is None]
+        until = max((end for end in ends if end), default="")
+        seen = min((stamp(at) for at in signed.by.values() if at is not None), default=None)
+        if None in ends or (seen is not None and seen <= until):
+            return
+        what = f"{checkpoint.origin}, {checkpoint.size:,} entries: the keys that signed it were retired at {until}"
+        if seen is None:
+            self.missing(f"{what}, and no witness says that it was before")
+        else:
+            self.fault(f"{what}, and the first to see it did at {seen}")
 
     def fault(self, fault: object) -> None:
         self.faults += 1
@@ -138,13 +164,6 @@ class Told(Struct):
             sys.exit(NOT_SHOWN)
 
 
-def _tell(signed: Signed) -> None:
-    checkpoint = signed.checkpoint
-    print(f"  {checkpoint.origin}: {checkpoint.size:,} entries, root {checkpoint.root.hex()}")
-    for key, at in signed.by.items():
-        print(f"  signed by {key}" if at is None else f"  seen by {key.name}, {at:%Y-%m-%d %H:%M:%S} UTC")
-
-
 def _mirror(path: Path, trust: Trust, held: Sequence[Checkpoint], told: Told) -> None:
     read = in_directory(path)
     trust = _trusting(trust, read, path, told)
@@ -154,7 +173,7 @@ def _mirror(path: Path, trust: Trust, held: Sequence[Checkpoint], told: Told) ->
         print(f"  and its first {one.size:,} entries are those of the checkpoint you hold")
 
 
-def _bundle(path: Path, trust: Trust, told: Told) -> Signed | None:
+def _bundle(path: Path, trust: Trust, told: Told, report: Path | None) -> Signed | None:
     with ZipFile(path) as archive:
         names = archive.namelist()
         if len(set(names)) != len(names):
@@ -163,6 +182,8 @@ def _bundle(path: Path, trust: Trust, told: Told) -> Signed | None:
         read = in_archive(archive)
         trust = _trusting(trust, read, path, told)
         found, manifest = verify_bundle(read, trust)
+        if report is not None and manifest and found.signed and not found.faulty:
+            report.write_text(report_of(manifest, found.signed, read), "utf-8")
     asked = f", {manifest.asked}" if manifest else ""
     told.verdict(f"{path}: {found.entries:,} entries{asked}", found)
     if manifest:
@@ -187,7 +208,7 @@ def _proof(path: Path, entry: Path | None, trust: Trust, told: Told) -> Signed |
         told.fault(Fault(str(path), str(error)))
         return None
     print(f"{path}: the entry stands at position {position}")
-    _tell(signed)
+    told.signed(signed)
     return signed
 
 
@@ -200,7 +221,7 @@ def _held(path: Path, trust: Trust, told: Told) -> Signed | None:
         told.fault(Fault(str(path), str(error)))
         return None
     print(f"{path}: a checkpoint")
-    _tell(signed)
+    told.signed(signed)
     return signed
 
 
@@ -247,12 +268,16 @@ def _sorted_out(paths: Sequence[Path]) -> Given:
     return given
 
 
-def _keys(given: Sequence[str]) -> list[VerifierKey]:
-    found: list[VerifierKey] = []
+def _keys(given: Sequence[str]) -> dict[VerifierKey, Stamp | None]:
+    """Keys, and since when they are retired."""
+    found: dict[VerifierKey, Stamp | None] = {}
     for one in given:
         path = Path(one)
         try:
-            found += [VerifierKey.parse(one)] if "+" in one and not path.exists() else _read_keys(path.read_bytes())
+            if "+" in one and not path.exists():
+                found[VerifierKey.parse(one)] = None
+            else:
+                found |= _read_keys(path.read_bytes())
         except OSError as error:
             raise VerificationError(f"{one} is neither a key nor a file that can be read: {error.strerror}") from None
         except (msgspec.MsgspecError, ValueError) as error:
@@ -260,10 +285,11 @@ def _keys(given: Sequence[str]) -> list[VerifierKey]:
     return found
 
 
-def _read_keys(content: bytes) -> list[VerifierKey]:
+def _read_keys(content: bytes) -> dict[VerifierKey, Stamp | None]:
     if content.lstrip().startswith(b"{"):
-        return [VerifierKey.parse(key.vkey) for key in msgspec.json.decode(content, type=_Keys).keys]
-    return [VerifierKey.parse(line) for line in content.decode().split()]
+        told = msgspec.json.decode(content, type=_Keys).keys
+        return {VerifierKey.parse(key.vkey): key.until for key in told}
+    return {VerifierKey.parse(line): None for line in content.decode().split()}
 
 
 def _has_key(trust: Trust, path: Path, told: Told) -> bool:

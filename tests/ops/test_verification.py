@@ -102,7 +102,7 @@ def test_a_mirror_is_compared_with_the_checkpoints_that_are_held(tmp_path: Path)
     assert code == 1
     assert "root: the first 100 entries are not those that were signed" in said
     longer = file(tmp_path / "longer", signed(checkpoint_of([*HISTORY, event(301)[0]])))
-    assert "history was rolled back" in verify(directory, longer, "--key", KEY)[1]
+    assert "rolled back, or this is an older copy" in verify(directory, longer, "--key", KEY)[1]
 
 
 def test_two_checkpoints_are_compared_by_a_consistency_proof(tmp_path: Path) -> None:
@@ -119,6 +119,36 @@ def test_two_checkpoints_are_compared_by_a_consistency_proof(tmp_path: Path) -> 
     code, said = verify(newer, other, file(tmp_path / "consistency.json", proof), "--key", KEY)
     assert code == 1
     assert "it is not shown that 300 entries begin with those 100" in said
+
+
+def test_what_only_retired_keys_have_signed_must_have_been_seen_before(tmp_path: Path) -> None:
+    path = file(tmp_path / "checkpoint", signed(checkpoint_of(HISTORY)))
+    witness = ("--witness", WITNESSES[0].verifier)
+    for until, alone, seen in (("2026-11-21T08:59:59", 2, 1), ("2026-11-21T09:00:00", 2, 0)):
+        keys = {"keys": [{"vkey": KEY, "until": f"{until}.000000Z"}]}
+        known = file(tmp_path / "keys", msgspec.json.encode(keys))
+        code, said = verify(path, "--key", known)
+        assert (code, "and no witness says that it was before" in said) == (alone, True)
+        assert verify(path, "--key", known, *witness)[0] == seen
+
+
+def test_a_report_is_made_anew_from_what_was_verified(tmp_path: Path) -> None:
+    files = bundle(Asked(first=3, last=7), range(3, 8), HISTORY) | {"report.html": b"all is well"}
+    path = archive(tmp_path / "bundle.zip", files)
+    assert verify(path, "--key", KEY, "--report", tmp_path / "mine.html")[0] == 0
+    assert "number 5" in (tmp_path / "mine.html").read_text()
+    files["entries/5.json"] += b" "
+    path = archive(tmp_path / "bundle.zip", files)
+    assert verify(path, "--key", KEY, "--report", tmp_path / "none.html")[0] == 1
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_a_mirror_must_have_grown_from_the_checkpoint_of_a_bundle_too(tmp_path: Path) -> None:
+    path = archive(tmp_path / "bundle.zip", bundle(Asked(first=3, last=7), range(3, 8), HISTORY[:290]))
+    code, said = verify(mirror(tmp_path / "log", written(HISTORY)), path, "--key", KEY)
+    assert (code, "its first 290 entries are those of the checkpoint you hold" in said) == (0, True)
+    forked = written([*HISTORY[:288], event(400)[0], event(401)[0], event(402)[0]])
+    assert verify(mirror(tmp_path / "forked", forked), path, "--key", KEY)[0] == 1
 
 
 def test_a_fork_is_shown_by_two_checkpoints(tmp_path: Path) -> None:
