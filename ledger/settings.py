@@ -29,6 +29,9 @@ _OUR_NAMES = (
     "MUNIMENT_HOME",
     "MUNIMENT_DEPLOYMENT",
     "MUNIMENT_KEYS_DIR",
+    "MUNIMENT_LOG_KEYS_DIR",
+    "MUNIMENT_CHECKPOINT_SECONDS",
+    "MUNIMENT_WITNESSES",
 )
 # Kubernetes describes every service of the namespace to every container, in variables that begin
 # with the service's name: a service called muniment, or muniment-api, must not stop the start.
@@ -61,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     mode: Mode
     home: Path
     keys_dir: Path
+    log_keys_dir: Path
+    """Where the keys are that sign checkpoints: of workers alone."""
     deployment: str | None
     """None: whatever the first migration stored."""
     database_url: str
@@ -72,6 +77,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     idempotency_enabled: bool
     idempotency_ttl_seconds: int
     session_retention_days: int
+    checkpoint_seconds: float
+    """At most one checkpoint of a ledger in so many seconds."""
+    witnesses: Path | None
+    """The file that names who cosigns checkpoints; None: nobody."""
     oidc_issuer_url: str | None
     oidc_audience: str | None
     oidc_project_claim: str
@@ -116,10 +125,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         migrate_url = read.secret("MIGRATE_DATABASE_URL", _check_connection)
         if mode == "development" or database_url == EMBEDDED:
             migrate_url = migrate_url or database_url
+        keys_dir = read.directory("MUNIMENT_KEYS_DIR", home / "keys")
         settings = cls(
             mode=mode,
             home=home,
-            keys_dir=read.directory("MUNIMENT_KEYS_DIR", home / "keys"),
+            keys_dir=keys_dir,
+            log_keys_dir=read.directory("MUNIMENT_LOG_KEYS_DIR", keys_dir),
             deployment=read.text("MUNIMENT_DEPLOYMENT", _check_deployment),
             database_url=database_url,
             database_direct_url=direct_url or database_url,
@@ -128,6 +139,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             idempotency_enabled=read.boolean("IDEMPOTENCY_ENABLED", True),
             idempotency_ttl_seconds=read.integer("IDEMPOTENCY_TTL_SECONDS", 86_400, 1, 31_622_400),
             session_retention_days=read.integer("SESSION_RETENTION_DAYS", 7, 1, 36_500),
+            checkpoint_seconds=read.seconds("MUNIMENT_CHECKPOINT_SECONDS", 1.0, 0.1, 3600.0),
+            witnesses=read.file("MUNIMENT_WITNESSES"),
             oidc_issuer_url=read.text("OIDC_ISSUER_URL", _check_issuer),
             oidc_audience=read.text("OIDC_AUDIENCE"),
             oidc_project_claim=read.text("OIDC_PROJECT_CLAIM") or "project",
@@ -250,6 +263,22 @@ class _Environment:
 
         value = self.text(name, check)
         return default if value is None else int(value)
+
+    def seconds(self, name: str, default: float, least: float, most: float) -> float:
+        allowed = f"a number of seconds from {least:g} to {most:g} is allowed"
+
+        def check(value: str) -> str | None:
+            number = float(value) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) else None
+            return None if number is not None and least <= number <= most else allowed
+
+        value = self.text(name, check)
+        return default if value is None else float(value)
+
+    def file(self, name: str) -> Path | None:
+        """Whether it is there is for who reads it: not every process does."""
+        absolute = "the absolute path of a file is allowed"
+        value = self.text(name, lambda value: None if Path(value).is_absolute() else absolute)
+        return None if value is None else Path(value)
 
     def traces(self) -> bool:
         """Whether OpenTelemetry's names ask for traces, in the one form in which we can send them."""

@@ -29,10 +29,13 @@ _SETTINGS = """
 | MUNIMENT_MODE | `production` (default) or `development` (accepts development tokens) |
 | MUNIMENT_HOME | where data is kept; default `~/.local/share/muniment` |
 | MUNIMENT_KEYS_DIR | where key files are kept; default `keys` in MUNIMENT_HOME |
+| MUNIMENT_LOG_KEYS_DIR | where a worker has the keys that sign checkpoints; default MUNIMENT_KEYS_DIR |
 | MUNIMENT_DEPLOYMENT | the name in every log's origin, fixed by the first migration; default `localhost` |
 | DATABASE_URL | PostgreSQL 15 or newer, or `embedded` (the default in development) |
 | DATABASE_DIRECT_URL | the same database without a transaction pooler; default DATABASE_URL |
 | MIGRATE_DATABASE_URL | the same database as its owner; default DATABASE_URL in development |
+| MUNIMENT_CHECKPOINT_SECONDS | at most one checkpoint of a ledger in so many; default 1, at least 0.1 |
+| MUNIMENT_WITNESSES | a file with who must cosign checkpoints, `{"quorum": 1, "witnesses": [{"url": …, "vkey": …}]}` |
 | REDIS_URL | a Redis or Valkey that makes replays faster; default none |
 | IDEMPOTENCY_ENABLED, IDEMPOTENCY_TTL_SECONDS | the copy in Redis; default true and 86400 |
 | SESSION_RETENTION_DAYS | when an idle session expires; default 7 |
@@ -58,12 +61,13 @@ app.command("ops.projects:project", name="project")
 app.command("ops.projects:token", name="token")
 app.command("ops.importing:importing", name="import")
 app.command("ops.views:projections", name="projections")
+app.command("ops.log_keys:keys", name="keys")
 app.command("ops.doctor:doctor", name="doctor")
 app.command("ops.witness:witness", name="witness")
 app.command("ops.backup:backup", name="backup")
 app.command("ops.backup:restore", name="restore")
-app.command("ops.evidence:evidence", name="evidence")
 app.command("ops.mirror:publish", name="publish")
+app.command("ops.evidence:evidence", name="evidence")
 app.command("ops.verification:verify", name="verify")
 
 Supervised = Annotated[bool, Parameter(show=False, negative=())]

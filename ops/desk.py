@@ -1,4 +1,4 @@
-"""Where an operator at a terminal asks something of a view, and hears what came of it.
+"""Where an operator at a terminal commands the operators' ledger: asks something of a view, and hears what came of it.
 
 It is asked as it is over HTTP, by a command to the operators' ledger; but nobody vouches for who asks: whoever may use
 the database and the key may ask, and is called as their machine calls them (`assurance` asserted).
@@ -16,10 +16,12 @@ from typing import NamedTuple
 import psycopg
 
 from ledger import store
+from ledger.commands import Command
 from ledger.committer import Committer
 from ledger.embedded import running_database
 from ledger.operations import OPERATORS, OfView
 from ledger.postgres import Connection, Pool, open_pool, store_errors
+from ledger.receipt import Receipt
 from ledger.settings import Settings
 from ledger.values import Actor
 from ledger.vault import Vault
@@ -37,14 +39,15 @@ WORKER_SECONDS = 10.0
 """How long to wait for a worker where none runs."""
 
 
-class ViewsError(OperatorError):
-    """What was asked of a view cannot be done; the message says why."""
+class DeskError(OperatorError):
+    """What was asked at a terminal cannot be done; the message says why."""
 
 
 class Desk:
     """Where an operator at a terminal asks, and hears what came of it."""
 
-    def __init__(self, pool: Pool, committer: Committer) -> None:
+    def __init__(self, settings: Settings, pool: Pool, committer: Committer) -> None:
+        self.settings = settings
         self.pool = pool
         self._committer = committer
         self._actor = Actor(
@@ -57,14 +60,19 @@ class Desk:
         self._waits_until: float | None = None
 
     async def ask(self, command: OfView) -> tuple[Request, bool]:
-        """What is asked for by that command, and whether it was not before. Raises ViewsError where it is refused."""
-        receipt = await self._committer.submit(OPERATORS, command, self._actor)
-        if receipt.refusal is not None:
-            raise ViewsError(str(receipt.refusal))
+        """What is asked for by that command, and whether it was not before. Raises DeskError where it is refused."""
+        receipt = await self.give(command)
         return receipt.state.asking(command), receipt.event_count > 0
 
+    async def give(self, command: Command) -> Receipt:
+        """Give a command to the operators' ledger. Raises DeskError where it is refused."""
+        receipt = await self._committer.submit(OPERATORS, command, self._actor)
+        if receipt.refusal is not None:
+            raise DeskError(str(receipt.refusal))
+        return receipt
+
     async def done(self, command: OfView) -> Request:
-        """Ask, and wait for what comes of it. Raises ViewsError where it cannot be done."""
+        """Ask, and wait for what comes of it. Raises DeskError where it cannot be done."""
         request, _ = await self.ask(command)
         assert isinstance(command.view, str)
         while True:
@@ -72,23 +80,23 @@ class Desk:
                 break
             await asyncio.sleep(LOOK_SECONDS)
         if ended.outcome == "failed" and command.asked != "rebuild":
-            raise ViewsError(ended.because or "it failed")
+            raise DeskError(ended.because or "it failed")
         return ended
 
     async def outcome(self, view: str, request: Request) -> Request | None:
-        """What came of it, as soon as that is known. Raises ViewsError where no worker runs that would do it."""
+        """What came of it, as soon as that is known. Raises DeskError where no worker runs that would do it."""
         async with self.pool.connection() as connection:
             _, states = await views(connection)
             found = states[view].find(request.request)
             if found is None:
-                raise ViewsError(f"what came of that was followed by more: see the events after {request.event_id}")
+                raise DeskError(f"what came of that was followed by more: see the events after {request.event_id}")
             if found.outcome is not None:
                 return found
             stopped = (await freshness.health(connection, [view]))[view].state == "stopped"
         now = time.monotonic()
         self._waits_until = (self._waits_until or now + WORKER_SECONDS) if stopped else None
         if self._waits_until is not None and now > self._waits_until:
-            raise ViewsError(
+            raise DeskError(
                 "it is asked for, and is done as soon as a worker runs: none does. `muniment worker` is one"
             )
         return None
@@ -107,10 +115,11 @@ class Reached(NamedTuple):
 
 
 @asynccontextmanager
-async def open_desk(view: str) -> AsyncGenerator[Desk]:
-    """A desk about that view. The operators' ledger is made at its first use. Raises ViewsError, UnusableKey."""
-    if view not in VIEWS:
-        raise ViewsError(f"there is no view {view!r}: there are {', '.join(VIEWS)}")
+async def open_desk(view: str | None = None) -> AsyncGenerator[Desk]:
+    """A desk, about that view if one is named. The operators' ledger is made at its first use. Raises DeskError,
+    UnusableKey."""
+    if view is not None and view not in VIEWS:
+        raise DeskError(f"there is no view {view!r}: there are {', '.join(VIEWS)}")
     async with reached() as (settings, pool):
         vault = Vault(settings.keys_dir, pool, create_keys=True)
         async with pool.connection() as connection:
@@ -124,7 +133,7 @@ async def open_desk(view: str) -> AsyncGenerator[Desk]:
             )
         committer = Committer(pool, vault, create_ledgers=True)
         try:
-            yield Desk(pool, committer)
+            yield Desk(settings, pool, committer)
         finally:
             await committer.close()
 
@@ -138,7 +147,7 @@ async def reached() -> AsyncGenerator[Reached]:
                 with store_errors():
                     yield Reached(settings, pool)
             except psycopg.errors.InsufficientPrivilege as error:
-                raise ViewsError(
+                raise DeskError(
                     "who asks must be let in as an API or a worker is (muniment_api, muniment_worker): name one in "
                     "DATABASE_URL"
                 ) from error
@@ -147,4 +156,4 @@ async def reached() -> AsyncGenerator[Reached]:
                 psycopg.errors.UndefinedTable,
                 psycopg.errors.UndefinedColumn,
             ) as error:
-                raise ViewsError("the database is not at this version: run `muniment migrate`") from error
+                raise DeskError("the database is not at this version: run `muniment migrate`") from error

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ledger.operations import CancelRebuild, RebuildView, RetryParked, RollBackView, SkipEvent, VerifyView
 from ledger.postgres import Connection
 from ledger.view import Request
-from ops.desk import LOOK_SECONDS, Desk, ViewsError, connected, open_desk
+from ops.desk import LOOK_SECONDS, Desk, DeskError, connected, open_desk
 from projections import VIEWS, freshness, proof, rebuild
 from projections.proof import Proof
 from projections.rebuild import Rebuild
@@ -93,7 +93,7 @@ async def cancel(view: str, /, *, reason: str | None = None) -> None:
     async with open_desk(view) as desk:
         ended = await desk.done(CancelRebuild(view=view, reason=reason))
     if ended.outcome != "cancelled":
-        raise ViewsError(f"the rebuild of {view} had ended before it was cancelled: {ended.outcome}")
+        raise DeskError(f"the rebuild of {view} had ended before it was cancelled: {ended.outcome}")
     print(f"the rebuild of {view} is cancelled; {view} is as it was")
 
 
@@ -167,7 +167,7 @@ async def retry(view: str, /, *, project: str | None = None, reason: str | None 
         found = [one for one in await rebuild.parked(connection) if one.view == view]
         tried = {one.project_id: one.position - 1 for one in found if project in (None, one.project_id)}
         if not tried:
-            raise ViewsError(f"{view} is not parked{f' in {project}' if project else ''}")
+            raise DeskError(f"{view} is not parked{f' in {project}' if project else ''}")
         await desk.done(RetryParked(view=view, project=project, reason=reason))
         await _tell_what_came(connection, view, tried)
 
@@ -211,7 +211,7 @@ async def _tell_what_came(connection: Connection, view: str, tried: dict[str, in
             del waiting[project]
         await asyncio.sleep(LOOK_SECONDS)
     if waiting:
-        raise ViewsError(f"{view} of {', '.join(waiting)} has not moved yet: does a worker run?")
+        raise DeskError(f"{view} of {', '.join(waiting)} has not moved yet: does a worker run?")
 
 
 # Showing how far it is

@@ -1,4 +1,4 @@
-"""The worker: one process that builds the views, rebuilds them, and expires what is due.
+"""The worker: one process that builds the views, rebuilds them, expires what is due, and publishes the logs.
 
 Any number may run on one database: each job has one runner at a time (`ops/lease.py`), and any worker may be it.
 It starts without PostgreSQL and recovers by itself. Nothing is lost when it is killed; what a job does may not
@@ -12,15 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import httpx
+
 from ledger.committer import Committer
-from ledger.postgres import open_pool
+from ledger.postgres import Pool, open_pool
+from ledger.publisher import NO_WITNESSES, Publisher
 from ledger.settings import Settings
+from ledger.signing import LogFiles
 from ledger.telemetry import Exposed, of_pool, of_process
 from ledger.tracing import Tracing, open_tracing
 from ledger.vault import Vault
+from ledger.witness import read_witnesses
 from ops import OperatorError
 from ops.lease import run_alone
 from ops.logs import write_log
+from ops.publishing import Publishing
 from ops.sweeper import sweep_for_ever
 from projections import VIEWS, Projector
 from projections.proof import Proven, verify_for_ever
@@ -52,7 +58,8 @@ async def run(settings: Settings) -> None:
 
 async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None = None) -> None:
     """As `run`, until `stop` is set; then `tracing` is closed too."""
-    async with open_pool(settings.database_url, CONNECTIONS_MAX) as pool:
+    witnesses = read_witnesses(settings.witnesses) if settings.witnesses else NO_WITNESSES
+    async with open_pool(settings.database_url, CONNECTIONS_MAX) as pool, httpx.AsyncClient() as http:
         committer = Committer(
             pool,
             Vault(settings.keys_dir, pool, create_keys=False),
@@ -63,7 +70,12 @@ async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None 
         projector = Projector(pool, VIEWS, listen_to=settings.database_direct_url, tracing=tracing)
         follower = Follower(pool, committer)
         proven = Proven()
-        made = (committer.commits.families, projector.projected.families, proven.families)
+        publisher = Publisher(pool, LogFiles(settings.log_keys_dir), witnesses, http)
+        publishing = _publishing(settings, pool, publisher)
+        made = (
+            *(committer.commits.families, projector.projected.families, proven.families),
+            publisher.published.families,
+        )
         sources = (of_process, *made, partial(of_pool, pool))
         try:
             with exposed(settings, Exposed(*sources)):
@@ -74,6 +86,7 @@ async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None 
                         group.create_task(run_alone(pool, "rebuilder", lambda: rebuild_for_ever(pool, follower.renew))),
                         group.create_task(run_alone(pool, "verifier", lambda: verify_for_ever(pool, proven))),
                         group.create_task(run_alone(pool, "follower", follower.follow)),
+                        group.create_task(run_alone(pool, "publisher", publishing.run)),
                     ]
                     await stop.wait()
                     # A batch of the projector's that is cut short here is undone, position and all.
@@ -83,6 +96,17 @@ async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None 
             await committer.close()
             if tracing is not None:
                 tracing.close()
+
+
+def _publishing(settings: Settings, pool: Pool, publisher: Publisher) -> Publishing:
+    """In production an operator says which key signs: `muniment keys add`."""
+    return Publishing(
+        pool,
+        publisher,
+        settings.checkpoint_seconds,
+        listen_to=settings.database_direct_url,
+        first_key=LogFiles(settings.log_keys_dir) if settings.mode == "development" else None,
+    )
 
 
 @contextmanager
