@@ -18,6 +18,7 @@ from psycopg_pool import PoolTimeout
 from api.http import READ, Answer, Api, Call, Operation, encode
 from ledger.errors import ClockSkew, StoreUnavailable, Unauthenticated
 from projections import VIEWS, health
+from projections.freshness import log_health
 
 VERSION = version("muniment")
 DATABASE_SECONDS_MAX = 2.0
@@ -32,6 +33,16 @@ class ViewHealth(Struct):
     state: str
 
 
+class LogsHealth(Struct):
+    """How far the published checkpoints are behind. `state`: running, degraded (logs do not go on: `refused` says why)
+    or stopped (no worker)."""
+
+    lag_events: int
+    lag_seconds: float
+    state: str
+    refused: list[str]
+
+
 class Health(Struct, kw_only=True):
     """Whether commands are accepted (all but unhealthy), and what is amiss."""
 
@@ -40,6 +51,7 @@ class Health(Struct, kw_only=True):
     database: Literal["connected", "disconnected"]
     redis: Literal["connected", "disconnected", "disabled"]
     projections: dict[str, ViewHealth]
+    logs: LogsHealth | None
 
 
 class Status(Struct):
@@ -73,20 +85,23 @@ def probing(path: str, answers: dict[int, Any], *, is_open: bool = True) -> Call
 
 @probing("/health", {200: Health, 503: Health})
 async def get_health(call: Call) -> Answer:
-    """Whether everything works, and how far the views are behind."""
-    views = await _views(call.api)
+    """Whether everything works, and how far the views and the checkpoints are behind."""
+    known = await _derived(call.api)
+    views, logs = known or ({}, None)
     redis: Any = "disabled"
     if call.api.copy is not None:
         redis = "connected" if await call.api.copy.connected() else "disconnected"
-    well = redis != "disconnected" and all(view.state == "running" for view in (views or {}).values())
+    states = [logs.state if logs else "", *(view.state for view in views.values())]
+    well = redis != "disconnected" and all(state == "running" for state in states)
     shown = Health(
-        status="unhealthy" if views is None else "healthy" if well else "degraded",
+        status="unhealthy" if known is None else "healthy" if well else "degraded",
         version=VERSION,
-        database="disconnected" if views is None else "connected",
+        database="disconnected" if known is None else "connected",
         redis=redis,
-        projections=views or {},
+        projections=views,
+        logs=logs,
     )
-    return Answer(503 if views is None else 200, encode(shown))
+    return Answer(503 if known is None else 200, encode(shown))
 
 
 @probing("/health/live", {200: Probe})
@@ -98,7 +113,7 @@ async def get_live(call: Call) -> Answer:
 @probing("/health/ready", {200: Probe, 503: Probe})
 async def get_ready(call: Call) -> Answer:
     """Whether to send requests here: whether commands are accepted, and will be in a moment."""
-    ready = not call.api.draining and await _views(call.api) is not None
+    ready = not call.api.draining and await _derived(call.api) is not None
     return Answer(200 if ready else 503, encode(Probe("ready" if ready else "unready")))
 
 
@@ -110,18 +125,19 @@ async def get_status(call: Call) -> Answer:
     return Answer(200, encode(Status("ok", VERSION)))
 
 
-async def _views(api: Api) -> dict[str, ViewHealth] | None:
-    """How the views do; None where commands cannot be accepted."""
+async def _derived(api: Api) -> tuple[dict[str, ViewHealth], LogsHealth] | None:
+    """How the views do, and the logs; None where commands cannot be accepted."""
     try:
         async with asyncio.timeout(DATABASE_SECONDS_MAX), api.pool.connection() as connection:
             clock = api.committer.clock
             if clock.stale:  # where no command comes, nobody else would notice that it was set right
                 await clock.measure(connection)
             clock.now()
-            known = await health(connection, VIEWS)
+            known, logs = await health(connection, VIEWS), await log_health(connection)
     except (ClockSkew, TimeoutError, PoolTimeout, psycopg.Error):
         return None
-    return {name: ViewHealth(view.lag_events, view.lag_seconds, view.state) for name, view in known.items()}
+    views = {name: ViewHealth(view.lag_events, view.lag_seconds, view.state) for name, view in known.items()}
+    return views, LogsHealth(logs.lag_events, logs.lag_seconds, logs.state, logs.refused)
 
 
 ROUTES = [get_health, get_live, get_ready, get_status]

@@ -26,6 +26,7 @@ from ledger.errors import Unauthenticated
 from ledger.postgres import Connection
 from ledger.telemetry import Exposed, counter, gauge, histogram, of_pool, of_process
 from projections import VIEWS, approvals, health
+from projections.freshness import log_health
 from projections.rebuild import next_of, progress
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ async def _shared(api: Api) -> list["Metric"]:
     up = 1
     try:
         async with asyncio.timeout(DATABASE_SECONDS_MAX), api.pool.connection() as connection:
-            families += [*await _of_views(connection), *await _of_approvals(connection)]
+            families += [
+                *(*await _of_views(connection), *await _of_logs(connection), *await _of_approvals(connection)),
+            ]
     except (TimeoutError, PoolTimeout, psycopg.Error):
         up = 0
     families.append(gauge("muniment_database_up", "Whether the database answers.", {(): up}))
@@ -106,6 +109,17 @@ async def _of_views(connection: Connection) -> list["Metric"]:
         gauge("muniment_view_proof_age_seconds", "How long ago the oldest proof of a part began.", ages, "view"),
         gauge("muniment_rebuild_events_done", "Events in the build that is being made.", done, "view"),
         gauge("muniment_rebuild_events_wanted", "Events that there are for it.", wanted, "view"),
+    ]
+
+
+async def _of_logs(connection: Connection) -> list["Metric"]:
+    logs = await log_health(connection)
+    lag, waits = {(): logs.lag_events}, {(): logs.lag_seconds}
+    return [
+        gauge("muniment_publisher_up", "Whether a worker publishes checkpoints.", {(): logs.state != "stopped"}),
+        gauge("muniment_log_lag_events", "Events that no published checkpoint covers yet.", lag),
+        gauge("muniment_log_lag_seconds", "How long the first of them has waited.", waits),
+        gauge("muniment_logs_refused", "Logs that do not go on, for what /health says.", {(): logs.refusals}),
     ]
 
 

@@ -293,6 +293,23 @@ async def lag(patient: Patient) -> Findings:
             yield Finding("lag", "ok", seen)
 
 
+async def logs(patient: Patient) -> Findings:
+    """Whether what is recorded is signed and published."""
+    ((signing,),) = await _rows(patient.connection, SQL.log_keys)
+    known = await _rows(patient.connection, SQL.logs)
+    if not signing and known and patient.settings.mode == "production":
+        advice = "`muniment keys add`, where the worker runs: until then no checkpoint is published, and nothing proven"
+        yield Finding("logs", "warning", "there is no key to sign with", advice)
+        return
+    for project, _, refused in known:
+        if refused is not None:
+            advice = "ops/runbooks/log-refused.md; commands and reads go on"
+            yield Finding("logs", "problem", f"the log of {project} does not go on: {refused}", advice)
+    if not any(refused for *_, refused in known):
+        behind = sum(lag for _, lag, _ in known)
+        yield Finding("logs", "ok", f"{len(known)} logs, signed by {signing} keys, {behind:,} events not published yet")
+
+
 async def keys(patient: Patient) -> Findings:
     """Whether each project's key file is here, and is the one it began with."""
     directory = patient.settings.keys_dir
@@ -359,5 +376,5 @@ async def integrity(patient: Patient) -> Findings:
 
 ON_MACHINE: tuple[Callable[[Settings], Findings], ...] = (mode, redis, disk)
 IN_DATABASE: tuple[Callable[[Patient], Findings], ...] = (
-    *(server, schema, roles, durability, clock, keys, lag, pooler, integrity),
+    *(server, schema, roles, durability, clock, keys, lag, logs, pooler, integrity),
 )

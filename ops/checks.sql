@@ -53,3 +53,15 @@ SELECT project_id, last_recorded_at FROM ledger.ledgers ORDER BY last_recorded_a
 
 -- name: project_keys
 SELECT project_id, key_id FROM keys.project_keys ORDER BY project_id
+
+-- name: logs
+-- How far each log is published, and why it does not go on.
+SELECT l.project_id, l.size - coalesce(g.published_size, 0), g.refused
+FROM ledger.ledgers AS l
+LEFT JOIN ledger.logs AS g ON g.ledger_id = l.ledger_id
+WHERE l.size > 0
+ORDER BY l.project_id
+
+-- name: log_keys
+-- How many keys sign.
+SELECT count(*) FROM ledger.log_keys WHERE retired_at IS NULL

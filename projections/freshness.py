@@ -149,7 +149,7 @@ class _Recorded(Struct):
 async def health(connection: Connection, views: Collection[str]) -> dict[str, Health]:
     """How each of these views does, in three short queries."""
     values = {"views": texts(views)}
-    (runs, now) = (await (await connection.execute(SQL.is_running)).fetchall())[0]
+    runs, now = await _runs(connection, "projector")
     waits = dict.fromkeys(views, 0.0)
     for view, entry in await (await connection.execute(SQL.waiting, values)).fetchall():
         waits[view] = max(waits[view], _seconds_since(entry, now))
@@ -167,6 +167,39 @@ async def health(connection: Connection, views: Collection[str]) -> dict[str, He
             proof_age_seconds=proof_age,
         )
     return healths
+
+
+class LogHealth(Struct, kw_only=True, frozen=True):
+    """How publishing does over all ledgers. `lag_seconds` is how long the first event has waited that no published
+    checkpoint covers. `state`: running; degraded where logs do not go on, each for one of the reasons in `refused`,
+    which name no project; stopped where no worker runs.
+    """
+
+    lag_events: int
+    lag_seconds: float
+    state: str
+    refusals: int
+    refused: list[str]
+
+
+async def log_health(connection: Connection) -> LogHealth:
+    """How publishing does, in three short queries."""
+    runs, now = await _runs(connection, "publisher")
+    waiting = await (await connection.execute(SQL.log_waiting)).fetchall()
+    ((lag, refusals, refused),) = await (await connection.execute(SQL.log_lag)).fetchall()
+    return LogHealth(
+        lag_events=lag,
+        lag_seconds=max((_seconds_since(entry, now) for (entry,) in waiting), default=0.0),
+        state="stopped" if not runs else "degraded" if refused else "running",
+        refusals=refusals,
+        refused=refused,
+    )
+
+
+async def _runs(connection: Connection, job: str) -> tuple[bool, datetime]:
+    """Whether a worker does that job, and the time."""
+    ((runs, now),) = await (await connection.execute(SQL.is_running, {"job": job})).fetchall()
+    return runs, now
 
 
 def _seconds_since(entry: bytes, now: datetime) -> float:

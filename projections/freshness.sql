@@ -39,4 +39,24 @@ FROM (
 JOIN ledger.events AS e ON e.ledger_id = b.ledger_id AND e.position = b.position
 
 -- name: is_running
-SELECT EXISTS (SELECT FROM projections.leases WHERE job = 'projector' AND until > now()), now()
+SELECT EXISTS (SELECT FROM projections.leases WHERE job = %(job)s AND until > now()), now()
+
+-- name: log_lag
+-- How many events no published checkpoint covers, and why logs do not go on.
+SELECT
+    coalesce(sum(greatest(l.size - coalesce(g.published_size, 0), 0)), 0)::bigint, count(g.refused),
+    coalesce(array_agg(DISTINCT g.refused ORDER BY g.refused) FILTER (WHERE g.refused IS NOT NULL), '{}')
+FROM ledger.ledgers AS l
+LEFT JOIN ledger.logs AS g ON g.ledger_id = l.ledger_id
+
+-- name: log_waiting
+-- As `waiting`, of the logs.
+SELECT e.entry
+FROM (
+    SELECT l.ledger_id, coalesce(g.published_size, 0) + 1 AS position
+    FROM ledger.ledgers AS l
+    LEFT JOIN ledger.logs AS g ON g.ledger_id = l.ledger_id
+    WHERE coalesce(g.published_size, 0) < l.size
+    ORDER BY g.published_at NULLS FIRST LIMIT 20
+) AS b
+JOIN ledger.events AS e ON e.ledger_id = b.ledger_id AND e.position = b.position

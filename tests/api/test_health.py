@@ -40,6 +40,7 @@ async def test_with_everything_there_it_is_healthy(client: httpx.AsyncClient) ->
         "database": "connected",
         "redis": "disabled",
         "projections": dict.fromkeys(VIEWS, view),
+        "logs": view | {"refused": []},
     }
     answer = await until(client, "/health", lambda a: bool(a.json() == well))
     assert answer.status_code == 200
@@ -52,6 +53,8 @@ async def test_without_a_worker_it_is_degraded_and_takes_commands(client: httpx.
     assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
     assert answer.json()["projections"]["audit"]["state"] == "stopped"
     assert answer.json()["projections"]["audit"]["lag_events"] == 1
+    assert answer.json()["logs"]["state"] == "stopped"
+    assert answer.json()["logs"]["lag_events"] == 1
     assert (await client.get("/health/ready")).json() == {"status": "ready"}
 
 

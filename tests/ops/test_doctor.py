@@ -103,7 +103,7 @@ async def test_a_healthy_deployment_has_no_finding_that_is_not_ok(
         ended = await asyncio.to_thread(run, "doctor", environ)
     assert [f for f in seen if f.level != "ok"] == []
     checks = ["settings", "redis", "disk", "server", "schema", "roles", "durability", "clock", "keys", "lag"]
-    assert list(dict.fromkeys(f.check for f in seen)) == [*checks, "pooler", "integrity"]
+    assert list(dict.fromkeys(f.check for f in seen)) == [*checks, "logs", "pooler", "integrity"]
     assert seen[-1].seen.startswith("8 positions of 1 projects are whole")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.endswith("0 problems, 0 warnings\n")
