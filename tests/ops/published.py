@@ -1,7 +1,10 @@
 """A ledger whose log is published, by a publisher of the test's own, which signs when it is told to."""
 
 import asyncio
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -74,6 +77,12 @@ class Ledger(NamedTuple):
             owner.execute("SET session_replication_role = replica")
             for statement in statements:
                 owner.execute(statement.encode())
+
+    def muniment(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """A command, as an operator types it."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MUNIMENT_")}
+        line = [sys.executable, "-P", "-m", "ops.cli", *map(str, arguments)]
+        return subprocess.run(line, env=inherited | self.environ, capture_output=True, text=True, check=False)
 
     @property
     def environ(self) -> dict[str, str]:

@@ -1,9 +1,6 @@
 """`muniment evidence export`: one file that a stranger verifies without us, and reads."""
 
 import asyncio
-import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from datetime import datetime
 from html.parser import HTMLParser
@@ -228,27 +225,21 @@ async def test_what_cannot_be_exported_is_said(ledger: Ledger, tmp_path: Path) -
         (["--session", uuid7()], "nothing published is of session"),
         (["--since", "2026-01-01T00:00:00"], "says not of which zone it is"),
     ):
-        ended = await asyncio.to_thread(muniment, ledger, *arguments)
+        ended = await asyncio.to_thread(ledger.muniment, "evidence", "export", "--project", "demo", *arguments)
         assert ended.returncode == 1
         assert said in ended.stderr
-
-
-def muniment(ledger: Ledger, *arguments: object, command: str = "export") -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-P", "-m", "ops.cli", "evidence", command, "--project", "demo", *map(str, arguments)]
-    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", "")} | ledger.environ
-    return subprocess.run(line, env=environ, capture_output=True, text=True, check=False)
 
 
 async def test_the_command_writes_what_the_other_verifies(ledger: Ledger, tmp_path: Path) -> None:
     session, _ = await a_refund(ledger)
     await ledger.publish()
     out = tmp_path / "evidence.zip"
-    ended = await asyncio.to_thread(muniment, ledger, "--session", session, "--out", out)
-    assert ended.returncode == 0, ended.stderr
-    assert "11 entries" in ended.stdout or "10 entries" in ended.stdout
-    line = [sys.executable, "-P", "-m", "ops.cli", "verify", str(out), "--key", await ledger.key()]
-    verdict = await asyncio.to_thread(subprocess.run, line, capture_output=True, text=True, check=False)
-    assert (verdict.returncode, "whole" in verdict.stdout) == (0, True)
+    asked = ("--project", "demo", "--session", session, "--out", out)
+    ended = await asyncio.to_thread(ledger.muniment, "evidence", "export", *asked)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"10 entries, session {session}" in ended.stdout
+    ended = await asyncio.to_thread(ledger.muniment, "verify", out, "--key", await ledger.key())
+    assert (ended.returncode, f"10 entries, session {session}: whole" in ended.stdout) == (0, True)
 
 
 @recorded_runs

@@ -1,22 +1,29 @@
 """`muniment publish`: a copy that anybody can verify, that follows its log, and that never follows another."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from api.app import create_app
 from ledger.checkpoint import Checkpoint, Note, VerifierKey
 from ledger.commands import OpenSession, Record
+from ledger.settings import Settings
 from ledger.verify import Trust, Verdict, verify_log
 from ops.mirror import MirrorError, write
 from ops.verification import in_directory
+from tests.api.conftest import Token, running, settings, token
 from tests.conftest import Database
 from tests.ops.published import LARGE, Ledger, files_of, publishing
+
+__all__ = ["settings", "token"]  # fixtures
 
 
 @pytest.fixture
 async def ledger(database: Database, tmp_path: Path) -> AsyncIterator[Ledger]:
-    async with publishing(database, tmp_path / "home") as ledger:
+    async with publishing(database, tmp_path) as ledger:
         yield ledger
 
 
@@ -68,6 +75,33 @@ async def test_a_mirror_follows_its_log_and_serves_what_it_served(ledger: Ledger
                 assert now[path.partition(".p/")[0]].startswith(content)
         kept = now
     assert [one.size for one in held] == [3, 253, 263, 264, 564]
+
+
+async def test_a_mirror_has_the_very_files_that_the_service_serves(
+    ledger: Ledger, tmp_path: Path, settings: Settings, token: Token
+) -> None:
+    await grow(ledger, 300)
+    await ledger.give(Record(kind="message.user", body={"content": LARGE}))
+    await publish(ledger, tmp_path / "log")
+    files = files_of(tmp_path / "log")
+    async with running(create_app(settings), token("auditor")) as client:
+        keys = (await client.get("/ledger/demo/keys")).json()
+        assert msgspec.json.decode(files.pop("keys.json")) == keys
+        for path, content in files.items():
+            response = await client.get(f"/ledger/demo/{path}")
+            assert (response.status_code, response.content) == (200, content), path
+
+
+async def test_the_command_writes_what_the_other_verifies(ledger: Ledger, tmp_path: Path) -> None:
+    await grow(ledger, 3)
+    key = await ledger.key()
+    ended = await asyncio.to_thread(ledger.muniment, "publish", tmp_path / "log", "--project", "demo")
+    assert ended.returncode == 0, ended.stderr
+    assert "3 entries of localhost/" in ended.stdout
+    ended = await asyncio.to_thread(ledger.muniment, "verify", tmp_path / "log", "--key", key)
+    assert (ended.returncode, "3 entries, 0 with data beside them: whole" in ended.stdout) == (0, True)
+    ended = await asyncio.to_thread(ledger.muniment, "publish", tmp_path / "other", "--project", "nobody")
+    assert (ended.returncode, "nobody has no log yet" in ended.stderr) == (1, True)
 
 
 async def test_nothing_new_is_nothing_written(ledger: Ledger, tmp_path: Path) -> None:

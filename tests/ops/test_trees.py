@@ -1,5 +1,6 @@
 """`muniment verify database`: whatever an owner changes, in events or in the log over them, is named."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -82,6 +83,17 @@ async def test_what_an_owner_changed_is_named(ledger: Ledger, statement: str) ->
     for fault, expected in zip(found, CHANGED[statement], strict=False):
         assert fault.startswith(expected)
     assert len(found) >= len(CHANGED[statement]), found
+
+
+async def test_the_command_ends_well_where_all_is_whole_and_names_what_is_not(ledger: Ledger, tmp_path: Path) -> None:
+    held = tmp_path / "checkpoint"
+    held.write_bytes((await ledger.publish()).published)
+    ended = await asyncio.to_thread(ledger.muniment, "verify", "database", held)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "300 positions of 1 projects, and 1 logs: all recomputed, all whole\n"
+    ledger.tamper("UPDATE ledger.events SET entry = entry || ' ' WHERE position = 17")
+    ended = await asyncio.to_thread(ledger.muniment, "verify", "database")
+    assert (ended.returncode, ended.stdout) == (1, "demo: 17: its leaf is not the hash of its bytes\n")
 
 
 async def test_each_bit_of_each_signature_is_looked_at(ledger: Ledger) -> None:
