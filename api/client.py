@@ -8,6 +8,7 @@ that the server raised. The server's own parts are never imported here: this is 
 
 import asyncio
 import time
+from base64 import b64decode
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime
 from types import TracebackType
@@ -163,8 +164,7 @@ class Client:
             patience_seconds=patience_seconds,
             wait_seconds=wait_seconds,
         )
-        tasks: list[Json] = decoded(response, _objects)["tasks"]
-        return tasks
+        return cast(list[Json], decoded(response, _objects)["tasks"])
 
     async def heartbeat(
         self,
@@ -282,8 +282,7 @@ class Client:
 
     async def list_attempts(self, task_id: UUID, **parameters: Any) -> list[Json]:
         """Every attempt of a task, in order."""
-        attempts: list[Json] = (await self._get(f"/tasks/{task_id}/attempts", parameters))["attempts"]
-        return attempts
+        return cast(list[Json], (await self._get(f"/tasks/{task_id}/attempts", parameters))["attempts"])
 
     async def wait_for_task(self, task_id: UUID, *, timeout_seconds: float | None = None) -> Json:
         """The task once nobody is to work on it any more: it is completed, dead, cancelled or expired. Raises
@@ -342,6 +341,25 @@ class Client:
         for path in ("/sessions", "/records", "/tasks", "/approvals", "/events"):
             await self._get(path, {"limit": 1, "min_position": position}, deadline - time.monotonic())
 
+    # The log of a project, for who verifies it: the files that `muniment publish` writes, and proofs
+
+    async def log_file(self, project: str, path: str) -> bytes:
+        """A file of the log: `checkpoint`, `tile/<level>/<index>`, `tile/entries/<index>` or `payload/<sha256>`."""
+        return (await self._wire.exchange("GET", f"/ledger/{project}/{path}")).content
+
+    async def log_keys(self, project: str) -> list[Json]:
+        """The keys of the log, each a `vkey`, signing `from` then on, `until` it was retired."""
+        return cast(list[Json], (await self._get(f"/ledger/{project}/keys", {}))["keys"])
+
+    async def prove(self, position: int) -> bytes:
+        """The `.tlog-proof` of an event, once a published checkpoint covers it; raises ViewBehind if none comes to."""
+        return (await self._wire.exchange("GET", f"/events/{position}/proof")).content
+
+    async def prove_consistency(self, project: str, old: int, new: int) -> list[bytes]:
+        """The hashes that show that a checkpoint of `new` events goes on from one of `old`."""
+        answer = await self._get(f"/ledger/{project}/consistency", {"from": old, "to": new})
+        return [b64decode(one) for one in answer["proof"]]
+
     async def _pages(
         self, path: str, plural: str, filters: Json, limit: int | None, page_max: int
     ) -> AsyncIterator[Json]:
@@ -372,8 +390,7 @@ class Client:
     async def _get(self, path: str, parameters: Json, patience_seconds: float | None = None) -> Json:
         sent = {name: _parameter(value) for name, value in parameters.items() if value is not None}
         response = await self._wire.exchange("GET", path, params=sent, patience_seconds=patience_seconds)
-        body: Json = decoded(response, _objects)
-        return body
+        return cast(Json, decoded(response, _objects))
 
 
 def _parameter(value: Any) -> Any:

@@ -19,6 +19,7 @@ from api.auth import development_token
 from api.client import Client
 from api.problems import problem
 from api.wire import Problem, error_of
+from ledger.checkpoint import Checkpoint, InclusionProof, Note, VerifierKey, check_checkpoint
 from ledger.commands import AnnotateSession, ChangeSession, Command, OpenSession, Record, Start
 from ledger.embedded import EmbeddedServer
 from ledger.errors import (
@@ -34,6 +35,7 @@ from ledger.errors import (
     Unauthenticated,
     ViewBehind,
 )
+from ledger.merkle import check_consistency, leaf_hash
 from ledger.values import Quorum
 from tests.check import of_type
 from tests.conftest import database_of
@@ -485,3 +487,27 @@ async def test_an_answer_of_something_else_is_said(said: str) -> None:
 async def test_a_token_from_one_line_of_a_file_may_end_in_a_line_break(server: Server, project: str) -> None:
     async with Client(server.url + "/", server.token(project) + "\n") as client:
         assert (await client.open_session("support")).status == 201
+
+
+# The log
+
+
+async def test_what_was_recorded_is_proven_a_moment_later(client: Client, server: Server, project: str) -> None:
+    recorded = await client.record("note", body={"n": 1})
+    position = recorded.positions[0]
+    proof = InclusionProof.parse(await client.prove(position))
+    keys = [VerifierKey.parse(key["vkey"]) for key in await client.log_keys(project)]
+    older = Checkpoint.parse(proof.checkpoint.text)
+    await client.record("note", body={"n": 2})
+    await client.prove(position + 1)
+    newer = check_checkpoint(Note.parse(await client.log_file(project, "checkpoint")), keys)
+    hashes = await client.prove_consistency(project, older.size, newer.size)
+    check_consistency(older.size, older.root, newer.size, newer.root, hashes)
+    async with Client(server.url, server.token(project, roles=["auditor"])) as auditor:
+        bundle = await auditor.log_file(project, f"tile/entries/000.p/{position}")
+    entry = bundle[2 : 2 + int.from_bytes(bundle[:2])]
+    assert proof.check(leaf_hash(entry), keys) == older
+    with pytest.raises(NotFound):
+        await client.log_file(project, "tile/0/0")
+    with pytest.raises(NotFound):
+        await client.log_file("another", "checkpoint")
