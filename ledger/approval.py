@@ -63,10 +63,10 @@ from ledger.events import (
     VoteCast,
     VoteWithdrawn,
 )
+from ledger.personal import PERSONAL
 from ledger.queue import OPEN_ITEMS_MAX, On, Same, World
 from ledger.system import EndApproval, ExpireApproval, LapseApproval, MissOutcome
 from ledger.values import Actor, Principal, Stamp, moment, stamp
-from ledger.vault import PERSONAL
 
 __all__ = ["Approval", "decide", "decision", "due", "evolve", "item", "next_due"]
 

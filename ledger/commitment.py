@@ -12,9 +12,9 @@ from uuid import UUID
 import msgspec
 import rfc8785
 
+from ledger.personal import PERSONAL
 from ledger.queue import World
 from ledger.values import Action
-from ledger.vault import PERSONAL
 
 
 def plain(value: Any, subjects: list[str]) -> Any:

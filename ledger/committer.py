@@ -20,6 +20,7 @@ from ledger.entry import canonical
 from ledger.errors import MunimentError, StoreUnavailable, UnknownProject
 from ledger.memory import Refusals
 from ledger.pending import Pending, Verdict
+from ledger.personal import subjects
 from ledger.postgres import Clock, Pool, store_errors
 from ledger.project_key import UnusableKey
 from ledger.receipt import Receipt
@@ -28,7 +29,7 @@ from ledger.store import Ledger
 from ledger.telemetry import Commits
 from ledger.tracing import Tracing, traceparent_of
 from ledger.values import Actor
-from ledger.vault import Vault, subjects
+from ledger.vault import Vault
 from ledger.watch import Watch
 from ledger.writer import Writer
 

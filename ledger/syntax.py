@@ -18,7 +18,7 @@ from msgspec import UNSET
 from ledger.commands import COMMANDS, EXACT_INTEGER_MAX, Command
 from ledger.entry import canonical
 from ledger.errors import MalformedRequest, NumberOutOfRange
-from ledger.vault import DEPTH_MAX, ERRORS_MAX, check, step
+from ledger.personal import DEPTH_MAX, ERRORS_MAX, check, step
 
 METADATA_BYTES_MAX = 16 * 1024
 BODY_BYTES_MAX = 1024 * 1024

@@ -12,8 +12,7 @@ import binascii
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -24,16 +23,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Meta, Struct, field
 
-from ledger.errors import MalformedRequest
+from ledger.personal import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX, marks, replaced
 from ledger.postgres import Pool, queries, store_errors
 from ledger.project_key import NONCE_BYTES, ProjectKey, UnusableKey, create_key_file, read_key_file
 
 SQL = queries("ledger", "vault")
-
-PERSONAL, SEALED, ERASED = "$personal", "$sealed", "$erased"
-SUBJECT_CHARACTERS_MAX = 255
-DEPTH_MAX = 100
-ERRORS_MAX = 20
 
 Held = tuple[object, ...]
 """Opaque. While the caller keeps it, the keys it stands for stay in memory."""
@@ -65,7 +59,7 @@ class Place(Struct, frozen=True):
         )
 
 
-# The two forms of a marked value, and finding them
+# The two forms of a marked value
 
 
 class _PersonalValue(Struct, forbid_unknown_fields=True):
@@ -86,85 +80,6 @@ class _Box(Struct, forbid_unknown_fields=True):
 
 class _Sealed(Struct, forbid_unknown_fields=True):
     inner: _Box = field(name=SEALED)
-
-
-def subjects(value: Any) -> set[str]:
-    """The subjects of the personal values inside `value`, which `check` has passed."""
-    return {marked[PERSONAL]["subject"] for marked, _ in _marked(value, PERSONAL, "")}
-
-
-def check(value: Any, pointer: str) -> None:
-    """Refuse malformed personal values inside `value` (decoded JSON), which stands at `pointer`.
-
-    Raises MalformedRequest naming the first 20 things wrong. Also refused: the names `$sealed` and
-    `$erased`, which are ours, and more than 100 levels of nesting.
-    """
-    wrong = list(islice(_faults(value, pointer, 0, within=False), ERRORS_MAX))
-    if wrong:
-        raise MalformedRequest(errors=[{"pointer": at, "detail": detail} for at, detail in wrong])
-
-
-def _faults(value: Any, at: str, depth: int, *, within: bool) -> Iterator[tuple[str, str]]:
-    if depth > DEPTH_MAX:
-        yield at, f"nested more than {DEPTH_MAX} levels deep, too deep beside a personal value"
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _faults(item, f"{at}/{index}", depth + 1, within=within)
-    elif isinstance(value, dict) and PERSONAL in value:
-        if within:
-            yield at, "a $personal value cannot stand inside another; mark the parts side by side"
-        elif len(value) > 1:
-            yield at, "$personal must be the only name in its object; move the others out of it"
-        else:
-            yield from _inner_faults(value[PERSONAL], f"{at}/{PERSONAL}", depth + 1)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            if name in (SEALED, ERASED):
-                yield f"{at}/{name}", f"the name {name} is reserved; choose another"
-            else:
-                yield from _faults(item, f"{at}/{step(name)}", depth + 1, within=within)
-
-
-def _inner_faults(inner: Any, at: str, depth: int) -> Iterator[tuple[str, str]]:
-    if not isinstance(inner, dict) or inner.keys() != {"subject", "value"}:
-        yield at, 'it must be exactly {"subject": "<your subject id>", "value": <any JSON>}'
-        return
-    subject = inner["subject"]
-    if not isinstance(subject, str) or not 1 <= len(subject) <= SUBJECT_CHARACTERS_MAX:
-        yield f"{at}/subject", f"it must be a string of 1 to {SUBJECT_CHARACTERS_MAX} characters"
-    yield from _faults(inner["value"], f"{at}/value", depth + 1, within=True)
-
-
-def _marked(value: Any, mark: str, at: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every object inside `value` that has the name `mark`, and the pointer to it."""
-    if isinstance(value, dict):
-        if mark in value:
-            yield value, at
-        else:
-            for name, item in value.items():
-                yield from _marked(item, mark, f"{at}/{step(name)}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _marked(item, mark, f"{at}/{index}")
-
-
-def _replace(value: Any, mark: str, at: str, change: Callable[[dict[str, Any], str], Any]) -> Any:
-    """A copy of `value` in which `change` has replaced every object that has the name `mark`."""
-    if isinstance(value, dict):
-        if mark in value:
-            return change(value, at)
-        return {
-            name: _replace(item, mark, f"{at}/{step(name)}", change) if isinstance(item, dict | list) else item
-            for name, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_replace(item, mark, f"{at}/{i}", change) for i, item in enumerate(value)]
-    return value
-
-
-def step(name: str) -> str:
-    """A name as one step of a JSON pointer (RFC 6901 s3)."""
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 # The keys
@@ -281,7 +196,7 @@ class Vault:
             inner = {"subject": pseudonym, "key": ring.current, "nonce": _base64(nonce), "box": _base64(box)}
             return {SEALED: inner}
 
-        return _replace(value, PERSONAL, where.path, sealed)
+        return replaced(value, PERSONAL, where.path, sealed)
 
     async def unseal(self, project_id: str, value: Any, where: Place) -> Any:
         """`unseal_all` for one value."""
@@ -294,9 +209,7 @@ class Vault:
         query at most, for all keys not in memory. Raises BrokenSeal if one was altered or moved.
         """
         await self.open(project_id)
-        boxes = [
-            _box(marked, where, at) for value, where in values for marked, at in _marked(value, SEALED, where.path)
-        ]
+        boxes = [_box(marked, where, at) for value, where in values for marked, at in marks(value, SEALED, where.path)]
         rings = self._remembered(project_id, {box.subject for box in boxes})
         missing = {box.subject for box in boxes if box.key not in rings[box.subject].keys}
         if missing:
@@ -317,7 +230,7 @@ class Vault:
                 raise _broken(where, at) from None
             return msgspec.json.decode(plain)
 
-        return _replace(value, SEALED, where.path, opened)
+        return replaced(value, SEALED, where.path, opened)
 
     def _opened(self, project_id: str) -> ProjectKey:
         key = self._projects.get(project_id)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ledger.vault import SUBJECT_CHARACTERS_MAX
+from ledger.personal import SUBJECT_CHARACTERS_MAX
 from ops.transcripts import Run, parse
 
 Json = dict[str, Any]

@@ -19,7 +19,7 @@ import msgspec
 
 from ledger.entry import whole
 from ledger.evidence import Manifest
-from ledger.vault import ERASED, SEALED
+from ledger.personal import ERASED, SEALED
 from ledger.verify import Read, Signed
 
 EVENTS_MAX = 5_000

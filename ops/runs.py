@@ -30,9 +30,9 @@ from ledger.commands import (
     SubmitTask,
 )
 from ledger.entry import canonical
+from ledger.personal import ERASED, PERSONAL, SEALED
 from ledger.syntax import BODY_BYTES_MAX, METADATA_BYTES_MAX
 from ledger.values import Action, Voter
-from ledger.vault import ERASED, PERSONAL, SEALED
 from ops.messages import is_error, letters, line, opened, part, subject, tool_calls
 from ops.transcripts import Run, Unusable, mended
 

@@ -17,7 +17,7 @@ from msgspec import Struct
 from ledger.entry import Event
 from ledger.errors import MalformedRequest
 from ledger.events import Fact
-from ledger.vault import ERASED, SEALED
+from ledger.personal import ERASED, SEALED
 
 TEXT_CHARACTERS_MAX = 64 * 1024
 """How much of an event's text is searchable."""

@@ -24,9 +24,10 @@ from psycopg.sql import SQL, Composed, Identifier
 from psycopg_pool import AsyncConnectionPool
 
 from ledger.errors import MalformedRequest, StoreUnavailable
+from ledger.personal import check, subjects
 from ledger.postgres import Connection, Pool, open_pool, queries
 from ledger.project_key import UnusableKey
-from ledger.vault import BrokenSeal, Place, Vault, check, subjects
+from ledger.vault import BrokenSeal, Place, Vault
 
 PLACE = Place(
     project_id="demo",

@@ -20,9 +20,9 @@ from ledger.commands import (
     SubmitTask,
 )
 from ledger.errors import MalformedRequest
+from ledger.personal import PERSONAL
 from ledger.syntax import BODY_BYTES_MAX, read_command
 from ledger.values import Action
-from ledger.vault import PERSONAL
 from ops.runs import Mapping, Options, Step, identify, session_of
 from ops.transcripts import Run, Transcript, Unusable
 
