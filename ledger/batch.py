@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from ledger import approval, log_key, record, session, task, view
+from ledger import approval, erasure, hold, log_key, record, session, task, view
 from ledger.commands import ClaimTasks, Command
 from ledger.entry import Event, canonical, encode
 from ledger.errors import (
@@ -37,6 +37,7 @@ from ledger.queue import On, RefusedOnRecord, Rules, Same
 from ledger.reactions import REACTIONS
 from ledger.receipt import Receipt, said
 from ledger.store import Append, CommandRow, EventRow, OpenItem
+from ledger.subjects import may_be_of_a_subject
 from ledger.values import SYSTEM, Actor, Stamp, stamp
 from ledger.vault import Place, Vault
 
@@ -47,6 +48,8 @@ RULES: dict[str, tuple[Rules, type[Any]]] = {
     "approval": (approval, approval.Approval),
     "view": (view, view.View),
     "log_key": (log_key, log_key.LogKeys),
+    "hold": (hold, hold.Hold),
+    "subject": (erasure, erasure.Erasure),
 }
 """By stream type: its rules, and the state they work on."""
 
@@ -153,6 +156,12 @@ class Batch:
         except KeyError:
             raise NotLoaded(under_lock=task_id) from None
 
+    def retired(self, subject: str) -> int:
+        try:
+            return self._queue.retired[subject]
+        except KeyError:
+            raise NotLoaded(under_lock=subject) from None
+
     def refusals_left(self, principal: str) -> int:
         return self._known.refusals_left(principal) - self.refused[principal]
 
@@ -212,16 +221,19 @@ class Batch:
         if state is not None and not isinstance(state, RULES[command.stream_type][1]):
             taken = AlreadyExists if command.creates else NotFound
             raise taken(what=command.stream_type, id=pending.target)
-        if self.project_id == OPERATORS:
-            begun = pending.target if command.creates else getattr(command, "new_approval_id", None)
-            if isinstance(begun, UUID) and may_be_of_a_view(begun):
-                raise AlreadyExists(what=command.stream_type, id=begun)
+        begun = pending.target if command.creates else getattr(command, "new_approval_id", None)
+        if isinstance(begun, UUID) and command.stream_type != "subject" and self._is_kept(begun):
+            raise AlreadyExists(what=command.stream_type, id=begun)
         if pending.expected_version is not None:
             if state is None and not command.creates:
                 raise NotFound(what=command.stream_type, id=pending.target)
             version = state.version if state is not None else 0
             if version != pending.expected_version:
                 raise PreconditionFailed(id=pending.target, expected=pending.expected_version, current=version)
+
+    def _is_kept(self, stream_id: UUID) -> bool:
+        """Whether no caller may begin a stream of that name: it is kept for a subject, or for a view."""
+        return may_be_of_a_subject(stream_id) or (self.project_id == OPERATORS and may_be_of_a_view(stream_id))
 
     def _effect(self, pending: Pending, state: Any, facts: Sequence[Fact | On]) -> Receipt:
         """Record the facts, and then, in the same commit, what follows from them, level by level."""

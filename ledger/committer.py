@@ -5,35 +5,31 @@ hands it to the writer of its project's ledger, whose group commit answers. Noth
 """
 
 import asyncio
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic
 
-import msgspec
 from msgspec import UNSET
 from uuid_utils.compat import uuid7
 
 from ledger import store
 from ledger.commands import Command
 from ledger.entry import canonical
-from ledger.errors import MunimentError, StoreUnavailable, UnknownProject
+from ledger.errors import MunimentError, UnknownProject
 from ledger.memory import Refusals
 from ledger.pending import Pending, Verdict
-from ledger.personal import subjects
 from ledger.postgres import Clock, Pool, store_errors
-from ledger.project_key import UnusableKey
+from ledger.project_key import key_errors
 from ledger.receipt import Receipt
 from ledger.replay import recall
 from ledger.store import Ledger
+from ledger.subjects import OfSubject
 from ledger.telemetry import Commits
 from ledger.tracing import Tracing, traceparent_of
 from ledger.values import Actor
 from ledger.vault import Vault
 from ledger.watch import Watch
 from ledger.writer import Writer
-
-log = logging.getLogger(__name__)
 
 
 class Committer:
@@ -132,7 +128,7 @@ class Committer:
                     ledger = await store.create_ledger(connection, project_id)
         if ledger is None or ledger.is_foreign:
             raise UnknownProject(project=project_id)
-        with _key_errors():
+        with key_errors():
             await self.vault.open(project_id)
         writer = Writer(
             project_id,
@@ -151,11 +147,11 @@ class Committer:
         command_id = command.command_id if command.command_id is not UNSET else str(uuid7())
         expected = command.expected_version
         command.command_id = command.expected_version = UNSET
+        if isinstance(command, OfSubject):
+            command.subject = self.vault.pseudonym(project_id, command.subject)
         asked = canonical(command)
-        keys = None
-        if b"$personal" in asked:
-            with _key_errors():
-                keys = await self.vault.prepare(project_id, subjects(msgspec.json.decode(asked)))
+        with key_errors():
+            keys = await self.vault.prepare_for(project_id, asked)
         target = command.target
         tracing = self.commits.tracing
         span = tracing.current() if tracing else None
@@ -173,13 +169,3 @@ class Committer:
             since=monotonic(),
             span=span,
         )
-
-
-@contextmanager
-def _key_errors() -> Iterator[None]:
-    """A key that cannot be used is for the operator's log; the caller hears that nothing happened."""
-    try:
-        yield
-    except UnusableKey as error:
-        log.error("%s", error)
-        raise StoreUnavailable(why="The key of this project is not usable here; its operator must act") from error

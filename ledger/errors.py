@@ -135,6 +135,14 @@ class NotUsable(MunimentError):
     template = "{id} is imported history. Ask again, here, to run such an action."
 
 
+class Held(MunimentError):
+    code, status, title = "held", 409, "It is on hold"
+    template = (
+        "What is recorded of the subject {subject} is under the hold {hold_id}, so nothing of it is erased. Release "
+        "the hold first, or wait for its end."
+    )
+
+
 class RequestExpired(MunimentError):
     code, status, title = "approval_expired", 410, "It is too late for that"
     template = "The time of {id} ended at {deadline}. A timeout is never a yes: ask again."

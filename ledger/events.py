@@ -353,6 +353,34 @@ class ApprovalLapsed(Fact, frozen=True):
     approved_until: Stamp
 
 
+# Erasure. A subject is named by its pseudonym, as in what was sealed; nothing here may itself be personal.
+
+
+class HoldPlaced(Fact, frozen=True):
+    """What is recorded of the subject must stay readable, until it is released, or until `until`."""
+
+    stream_type = "hold"
+    subject: str
+    reason: str
+    until: Stamp | None = None
+
+
+class HoldReleased(Fact, frozen=True):
+    stream_type = "hold"
+    subject: str
+    reason: str
+
+
+class SubjectErased(Fact, frozen=True):
+    """The subject's keys up to the number `through` are destroyed, and with them all that was sealed before this event;
+    0: it had none. What is sealed after it is sealed under a later one."""
+
+    stream_type = "subject"
+    subject: str
+    ground: str
+    through: int
+
+
 # Refusals
 
 

@@ -26,10 +26,12 @@ def offer(command: ClaimTasks) -> Offer:
 
 
 class Queue(Struct, frozen=True):
-    """What was read under the ledger's lock, for one batch: which tasks are on offer, and when leases end."""
+    """What was read under the ledger's lock, for one batch: which tasks are on offer, when leases end, and up to which
+    of a subject's keys were retired."""
 
     offers: Mapping[Offer, Sequence[UUID]] = {}
     leases: Mapping[UUID, Stamp | None] = {}
+    retired: Mapping[str, int] = {}
 
     @property
     def tasks(self) -> Iterable[UUID]:
@@ -69,10 +71,10 @@ class Offers:
 
 class NotLoaded(Exception):
     """A decision needs a stream, or a root's open items, that this process has not read yet; or what can only be
-    read under the ledger's lock: what is on offer, or how long a lease really runs."""
+    read under the ledger's lock: what is on offer, how long a lease really runs, or which keys a subject has."""
 
     def __init__(
-        self, *, stream: UUID | None = None, root: UUID | None = None, under_lock: UUID | ClaimTasks | None = None
+        self, *, stream: UUID | None = None, root: UUID | None = None, under_lock: UUID | ClaimTasks | str | None = None
     ) -> None:
         self.stream, self.root, self.under_lock = stream, root, under_lock
 

@@ -6,9 +6,11 @@ whole or not at all, is never written twice, and of two processes that make one 
 Nothing here reads the database or knows which key a project began with; that is the vault's.
 """
 
+import logging
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -16,6 +18,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from ledger.errors import StoreUnavailable
+
+log = logging.getLogger(__name__)
 
 PROJECT_KEY_BYTES = 32
 NONCE_BYTES = 12
@@ -26,6 +32,16 @@ class UnusableKey(Exception):
 
     Its operator must act; no caller can cause or mend it. The message names files: not for callers.
     """
+
+
+@contextmanager
+def key_errors() -> Iterator[None]:
+    """A key that cannot be used is for the operator's log; the caller hears that nothing happened."""
+    try:
+        yield
+    except UnusableKey as error:
+        log.error("%s", error)
+        raise StoreUnavailable(why="The key of this project is not usable here; its operator must act") from error
 
 
 class ProjectKey:

@@ -68,6 +68,11 @@ class World(Protocol):
         """When the task's lease really ends, heartbeats included; None if it has none."""
         ...
 
+    def retired(self, subject: str) -> int:
+        """The number of the last key that a subject (its pseudonym) has now: nothing more is sealed under it, nor under
+        those before; 0 if it has none."""
+        ...
+
     def open_items(self, root: UUID) -> Mapping[UUID, OpenItem]:
         """What is open anywhere under a root: the topmost session, or what stands for it where there is none."""
         ...

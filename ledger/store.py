@@ -115,13 +115,14 @@ class CommandRow(NamedTuple):
 
 
 class OpenItem(NamedTuple):
-    """Something open under a root: a child session, a task, an approval that is pending, or a grant still to be used.
+    """Something open under a root: a child session, a task, an approval that is pending, or a grant still to be used;
+    under a subject, a hold.
 
     `match` tells a request for the same thing.
     """
 
     item_id: UUID
-    item_type: Literal["session", "task", "approval", "grant"]
+    item_type: Literal["session", "task", "approval", "grant", "hold"]
     session_id: UUID | None
     root_session_id: UUID
     task_id: UUID | None = None

@@ -1,10 +1,10 @@
-"""Personal values: sealed before the first event is written, unsealed for readers who may see them.
+"""Personal values: sealed before the first event is written, unsealed for readers who may see them, and erased.
 
 Owns every data key: in the database, one or more a subject, wrapped by the project's key. Invariants:
 nothing is sealed or fingerprinted under a key that is not the one the project began with; a sealed
-value opens only at the place it was sealed for; `seal` and `fingerprint` never do I/O. Who may read
-what is decided elsewhere. Sealing does not hide which values have the same subject, nor how long each
-is (there is no padding).
+value opens only at the place it was sealed for, and only while the database has its key; `seal` and
+`fingerprint` never do I/O. Who may read what, and whose keys are destroyed, is decided elsewhere.
+Sealing does not hide which values have the same subject, nor how long each is (there is no padding).
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import binascii
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -23,14 +23,18 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Meta, Struct, field
 
-from ledger.personal import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX, marks, replaced
+from ledger.personal import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX, marks, replaced, subjects
 from ledger.postgres import Pool, queries, store_errors
 from ledger.project_key import NONCE_BYTES, ProjectKey, UnusableKey, create_key_file, read_key_file
 
 SQL = queries("ledger", "vault")
 
 Held = tuple[object, ...]
-"""Opaque. While the caller keeps it, the keys it stands for stay in memory."""
+"""Opaque. While the caller keeps it, the keys it stands for stay in memory, unless they are given up."""
+
+
+class Unprepared(Exception):
+    """There is no key in memory to seal a value with; `prepare` has one there."""
 
 
 class BrokenSeal(Exception):
@@ -86,20 +90,29 @@ class _Sealed(Struct, forbid_unknown_fields=True):
 
 
 class _Ring(Struct, weakref=True, eq=False):
-    """The data keys of one subject by number, None where destroyed.
+    """What is known of one subject's keys: those that were unwrapped, by number, and which is for new values.
 
-    `current` is the number of the newest that is there, for new values; 0 if there is none.
+    `current` is the number of the newest that is neither retired nor destroyed; 0 if there is none. `last` is that
+    of the newest there ever was.
     """
 
-    keys: dict[int, AESGCM | None]
+    keys: dict[int, AESGCM]
     current: int = 0
+    last: int = 0
+
+
+class _Look(Struct, eq=False):
+    """A query for the keys of these subjects; more may join until it begins."""
+
+    subjects: set[str]
+    job: asyncio.Task[dict[tuple[str, int], bytes | None]] | None = None
 
 
 class Vault:
     """Seals, unseals and fingerprints for every project whose key file is in `keys_dir`.
 
-    `create_keys`: may make the key file of a project that never had one. The keys of the last
-    `subjects_max` subjects stay in memory; destroying one in the database does not reach them there.
+    `create_keys`: may make the key file of a project that never had one. The keys of the last `subjects_max` subjects
+    stay in memory, which saves unwrapping them; whether one may still open anything the database is asked each time.
     Every method may raise UnusableKey, and those that wait StoreUnavailable.
     """
 
@@ -111,6 +124,9 @@ class Vault:
         self._projects: dict[str, ProjectKey] = {}
         self._recent: OrderedDict[tuple[str, str], _Ring] = OrderedDict()
         self._rings: WeakValueDictionary[tuple[str, str], _Ring] = WeakValueDictionary()
+        self._given_up = 0
+        self._looks: dict[str, _Look] = {}
+        self._looking: dict[str, asyncio.Lock] = {}
 
     async def open(self, project_id: str) -> None:
         """Load the project's key and prove that it is the one the project began with.
@@ -155,6 +171,10 @@ class Vault:
         """HMAC-SHA-256 of a command's canonical bytes: 32 bytes. The project must be open."""
         return self._opened(project_id).fingerprint(canonical)
 
+    def pseudonym(self, project_id: str, subject: str) -> str:
+        """What `subject` is called at rest. The project must be open."""
+        return self._opened(project_id).pseudonym(subject)
+
     async def prepare(self, project_id: str, subjects: Iterable[str]) -> Held:
         """Have a data key of each subject in memory, creating what is missing; no I/O if all are.
 
@@ -164,20 +184,24 @@ class Vault:
         await self.open(project_id)
         project = self._projects[project_id]
         rings = self._remembered(project_id, {project.pseudonym(subject) for subject in subjects})
-        missing = [name for name, ring in rings.items() if not ring.current]
-        if missing:
+        while missing := [name for name, ring in rings.items() if ring.current not in ring.keys]:
             rings |= await self._find(project, missing)
-            lacking = [name for name in missing if not rings[name].current]
+            lacking = [name for name in missing if not rings[name].keys]
             if lacking:
-                numbers = [max(rings[name].keys, default=0) + 1 for name in lacking]
+                numbers = [rings[name].last + 1 for name in lacking]
                 wrapped = [project.new_wrapped(*new) for new in zip(lacking, numbers, strict=True)]
+                # Committed on return, so values may be sealed under them. Dying here leaves keys without values.
                 await self._query(SQL.create_data_keys, project_id, subjects=lacking, numbers=numbers, wrapped=wrapped)
-                # Committed, so values may be sealed under them. Dying here leaves keys without values.
-                rings |= await self._find(project, lacking)
         return tuple(rings.values())
 
+    async def prepare_for(self, project_id: str, asked: bytes) -> Held | None:
+        """As `prepare`, for the subjects of the personal values inside a command's canonical bytes, if it has any."""
+        if b"$personal" not in asked:
+            return None
+        return await self.prepare(project_id, subjects(msgspec.json.decode(asked)))
+
     def seal(self, project_id: str, value: Any, where: Place) -> Any:
-        """A copy of `value` with its personal values sealed; its subjects must be prepared.
+        """A copy of `value` with its personal values sealed. Raises Unprepared unless its subjects are prepared.
 
         `value` is decoded JSON that `check` has passed and stands at `where`. AES-256-GCM with a
         random 96-bit nonce (NIST SP 800-38D s8.3: up to 2^32 values a key).
@@ -190,7 +214,7 @@ class Vault:
             ring = self._rings.get((project_id, pseudonym))
             key = ring.keys.get(ring.current) if ring else None
             if ring is None or key is None:
-                raise UnusableKey(f"Subject {pseudonym} of project {project_id} is not prepared.")
+                raise Unprepared(f"Subject {pseudonym} of project {project_id} is not prepared.")
             nonce = os.urandom(NONCE_BYTES)
             box = key.encrypt(nonce, msgspec.json.encode(personal.value), place + at.encode())
             inner = {"subject": pseudonym, "key": ring.current, "nonce": _base64(nonce), "box": _base64(box)}
@@ -205,23 +229,55 @@ class Vault:
     async def unseal_all(self, project_id: str, values: Sequence[tuple[Any, Place]]) -> list[Any]:
         """Copies of the values, each standing at its place, with what was sealed readable again.
 
-        A value whose key was destroyed, or is not in this database, reads `{"$erased": true}`. One
-        query at most, for all keys not in memory. Raises BrokenSeal if one was altered or moved.
+        A value whose key was destroyed, or is not in this database, reads `{"$erased": true}`: what was destroyed
+        before this was asked opens nothing, whatever is in memory. One query for all, none where nothing is sealed.
+        Raises BrokenSeal if one was altered or moved.
         """
         await self.open(project_id)
         boxes = [_box(marked, where, at) for value, where in values for marked, at in marks(value, SEALED, where.path)]
-        rings = self._remembered(project_id, {box.subject for box in boxes})
-        missing = {box.subject for box in boxes if box.key not in rings[box.subject].keys}
-        if missing:
-            rings |= await self._find(self._projects[project_id], missing)
-        return [self._unsealed(project_id, value, where, rings) for value, where in values]
+        keys = await self._usable(project_id, {(box.subject, box.key) for box in boxes}) if boxes else {}
+        return [self._unsealed(project_id, value, where, keys) for value, where in values]
 
-    def _unsealed(self, project_id: str, value: Any, where: Place, rings: dict[str, _Ring]) -> Any:
+    async def _usable(self, project_id: str, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], AESGCM]:
+        """Those of the wanted keys that the database has now."""
+        rings = self._remembered(project_id, {subject for subject, _ in wanted})
+        stored = await self._look(project_id, rings)
+        project, keys = self._projects[project_id], {}
+        for subject, number in wanted:
+            wrapped, known = stored.get((subject, number)), rings[subject].keys
+            if wrapped is None:
+                known.pop(number, None)
+                continue
+            keys[subject, number] = known.get(number) or project.unwrap(subject, number, wrapped)
+            # By its name, and not the one that was there before: that may have been given up meanwhile.
+            ring = self._rings.get((project_id, subject)) or _Ring({})
+            ring.keys[number] = keys[subject, number]
+            self._remember(project_id, subject, ring)
+        return keys
+
+    async def _look(self, project_id: str, subjects: Iterable[str]) -> dict[tuple[str, int], bytes | None]:
+        """The keys that these subjects have now. One query at a time in a project: who asks while one is on its way
+        shares the next, for that one began before."""
+        look = self._looks.get(project_id)
+        if look is None:
+            look = self._looks[project_id] = _Look(set())
+            look.job = asyncio.create_task(self._look_now(project_id))
+        look.subjects.update(subjects)
+        assert look.job is not None
+        return await asyncio.shield(look.job)
+
+    async def _look_now(self, project_id: str) -> dict[tuple[str, int], bytes | None]:
+        async with self._looking.setdefault(project_id, asyncio.Lock()):
+            look = self._looks.pop(project_id)
+            rows = await self._query(SQL.find_data_keys, project_id, subjects=list(look.subjects))
+        return {(subject, number): wrapped for subject, number, wrapped, _ in rows}
+
+    def _unsealed(self, project_id: str, value: Any, where: Place, keys: dict[tuple[str, int], AESGCM]) -> Any:
         _, place = self._at(project_id, where)
 
         def opened(marked: dict[str, Any], at: str) -> Any:
             box = _box(marked, where, at)
-            key = rings[box.subject].keys.get(box.key)
+            key = keys.get((box.subject, box.key))
             if key is None:
                 return {ERASED: True}
             try:
@@ -231,6 +287,53 @@ class Vault:
             return msgspec.json.decode(plain)
 
         return replaced(value, SEALED, where.path, opened)
+
+    # Erasing
+
+    async def retire(self, project_id: str, pseudonym: str) -> int:
+        """Have nothing more sealed under the keys that a subject has now; the number of the last of them, 0 for none.
+
+        What they sealed opens as before. A process that has one in memory goes on with it until it gives it up.
+        """
+        rows = await self._query(SQL.retire_data_keys, project_id, subject=pseudonym)
+        number: int = rows[0][0]
+        return number
+
+    def give_up(self, project_id: str, pseudonyms: Iterable[str]) -> None:
+        """Forget what is in memory of these subjects: their keys were retired."""
+        for pseudonym in pseudonyms:
+            self._rings.pop((project_id, pseudonym), None)
+            self._recent.pop((project_id, pseudonym), None)
+            self._given_up += 1
+
+    def give_up_all(self, project_id: str) -> None:
+        """Forget what is in memory of a project's subjects: keys of any may have been retired."""
+        self.give_up(project_id, [name for project, name in list(self._rings) if project == project_id])
+        self._given_up += 1
+
+    async def destroy(self, project_id: str, erased: Mapping[str, int]) -> int:
+        """Destroy the keys of these subjects (pseudonyms), each up to a number; how many were there still.
+
+        Durable on return: from then on nothing that any of them sealed is opened again, in whatever process.
+        """
+        values = {"subjects": list(erased), "through": list(erased.values())}
+        return len(await self._query(SQL.destroy_data_keys, project_id, **values))
+
+    async def first_keys(self, project_id: str, pseudonyms: Iterable[str]) -> dict[str, int]:
+        """The number of the oldest key that each of these subjects has still; those that have none are not named."""
+        first: dict[str, int] = {}
+        rows = await self._query(SQL.find_data_keys, project_id, subjects=list(pseudonyms))
+        for subject, number, wrapped, _ in rows:
+            if wrapped is not None:
+                first[subject] = min(number, first.get(subject, number))
+        return first
+
+    async def undestroyed(self) -> dict[str, list[str]]:
+        """The subjects (pseudonyms) that have retired keys which are there still, by project."""
+        found: dict[str, list[str]] = {}
+        for project_id, pseudonym in await self._query(SQL.find_retired):
+            found.setdefault(project_id, []).append(pseudonym)
+        return found
 
     def _opened(self, project_id: str) -> ProjectKey:
         key = self._projects.get(project_id)
@@ -262,21 +365,26 @@ class Vault:
     async def _find(self, project: ProjectKey, names: Iterable[str]) -> dict[str, _Ring]:
         """What the database holds of these subjects, kept in memory from now on."""
         rings = {name: _Ring({}) for name in names}
-        rows = await self._query(SQL.find_data_keys, project.project_id, subjects=list(rings))
-        for name, number, wrapped in rows:
+        while True:
+            given_up = self._given_up
+            rows = await self._query(SQL.find_data_keys, project.project_id, subjects=list(rings))
+            if given_up == self._given_up:
+                break  # else what was read may be older than that a key was retired
+        for name, number, wrapped, retired in rows:
             ring = rings[name]
-            ring.keys[number] = None if wrapped is None else project.unwrap(name, number, wrapped)
-            if wrapped is not None:
+            ring.last = max(ring.last, number)
+            if wrapped is not None and not retired:
+                ring.keys[number] = project.unwrap(name, number, wrapped)
                 ring.current = max(ring.current, number)
         for name in {name for name, ring in rings.items() if ring.keys}:
             self._remember(project.project_id, name, rings[name])
         return rings
 
-    async def _query(self, sql: Any, project_id: str, **values: Any) -> list[tuple[Any, ...]]:
+    async def _query(self, sql: Any, project_id: str = "", **values: Any) -> list[tuple[Any, ...]]:
         """Run one statement, committed on return."""
         with store_errors():
             async with self._pool.connection() as connection:
-                cursor = await connection.execute(sql, {"project_id": project_id, **values})
+                cursor = await connection.execute(sql, {"project_id": project_id, **values}, prepare=True)
                 return await cursor.fetchall() if cursor.description else []
 
 

@@ -9,7 +9,7 @@ ON CONFLICT (project_id) DO NOTHING
 
 -- name: find_data_keys
 -- Every key these subjects ever had, destroyed ones too.
-SELECT subject, key, wrapped FROM keys.data_keys
+SELECT subject, key, wrapped, retired FROM keys.data_keys
 WHERE project_id = %(project_id)s AND subject = ANY(%(subjects)s)
 
 -- name: create_data_keys
@@ -20,3 +20,35 @@ SELECT %(project_id)s, new.subject, new.key, new.wrapped
 FROM unnest(%(subjects)s::text[], %(numbers)s::integer[], %(wrapped)s::bytea[]) AS new (subject, key, wrapped)
 ORDER BY new.subject
 ON CONFLICT (project_id, subject, key) DO NOTHING
+
+-- name: retire_data_keys
+-- Nothing more is sealed under the keys that this subject has. Answers with the number of the last key that is retired;
+-- one that is made meanwhile by another process is not seen, and not retired.
+WITH retiring AS (
+    UPDATE keys.data_keys SET retired = true
+    WHERE project_id = %(project_id)s AND subject = %(subject)s AND NOT retired
+    RETURNING key
+)
+SELECT coalesce(max(key), 0) FROM (
+    SELECT key FROM retiring
+    UNION ALL
+    SELECT key FROM keys.data_keys WHERE project_id = %(project_id)s AND subject = %(subject)s AND retired
+) AS retired
+
+-- name: destroy_data_keys
+-- For ever. In one order, so that two who destroy the same wait for each other and never in a circle. Retired too: after
+-- a restore of older keys, they may not be.
+UPDATE keys.data_keys AS k SET retired = true, wrapped = NULL
+FROM (
+    SELECT d.subject, d.key FROM keys.data_keys AS d
+    JOIN unnest(%(subjects)s::text[], %(through)s::integer[]) AS erased (subject, through)
+        ON d.subject = erased.subject AND d.key <= erased.through
+    WHERE d.project_id = %(project_id)s AND d.wrapped IS NOT NULL
+    ORDER BY d.subject, d.key FOR UPDATE OF d
+) AS doomed
+WHERE k.project_id = %(project_id)s AND k.subject = doomed.subject AND k.key = doomed.key
+RETURNING k.subject
+
+-- name: find_retired
+-- Keys that were retired and are there still: their erasure is being recorded, or whoever was to destroy them died.
+SELECT DISTINCT project_id, subject FROM keys.data_keys WHERE retired AND wrapped IS NOT NULL

@@ -30,12 +30,14 @@ from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
 from ledger.past import SETTLED_SECONDS
 from ledger.pending import Pending, Verdict
 from ledger.postgres import TROUBLE, Clock, Connection, Pool, store_errors
+from ledger.project_key import key_errors
 from ledger.reader import Reader
 from ledger.receipt import Receipt
-from ledger.replay import recall
-from ledger.store import Append, CommandRow, Ledger
+from ledger.replay import fold_all, recall
+from ledger.store import Append, CommandRow, Ledger, Locked
+from ledger.subjects import EraseSubject, may_be_of_a_subject
 from ledger.telemetry import Commits
-from ledger.vault import Vault
+from ledger.vault import Unprepared, Vault
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +178,8 @@ class Writer:
             pending = self._queue.popleft()
             size += len(pending.canonical)
             batch.append(pending)
+            if isinstance(pending.command, EraseSubject):
+                break  # what comes after it is sealed under a key that is not made yet
         return batch
 
     # The optimistic path
@@ -302,6 +306,11 @@ class Writer:
         while True:
             try:
                 await self._append_locked(batch)
+            except Unprepared:
+                # A subject of theirs was erased after its key was made ready: now it has another.
+                with key_errors():
+                    for pending in batch:
+                        pending.data_keys = await self._vault.prepare_for(self._memory.project_id, pending.canonical)
             except PoolTimeout as error:
                 raise StoreUnavailable(why="No database connection was to be had") from error
             except (*TROUBLE, OutcomeUnknown) as error:
@@ -324,6 +333,7 @@ class Writer:
             async with connection.transaction():
                 keys = [pending.key for pending in batch]
                 locked = await store.lock(connection, self.ledger_id, self._memory.size, TAIL_EVENTS_MAX, keys)
+                await self._give_up_keys(connection, locked)
                 alone = self._memory.catch_up(locked, self._clock.now().timestamp())
                 self._alone_batches = self._alone_batches + 1 if alone else 0
                 fresh = [pending for pending in batch if pending.key not in locked.commands]
@@ -336,6 +346,16 @@ class Writer:
                 raise OutcomeUnknown
         self._accept(flight)
         self._answer_again([p for p in batch if p.key in locked.commands], locked.commands)
+
+    async def _give_up_keys(self, connection: Connection, locked: Locked) -> None:
+        """Seal nothing more under keys of subjects that another process erased since: what comes after an erasure is
+        not of it."""
+        project_id, seen = self._memory.project_id, self._memory.size
+        if seen < 0 or locked.head.size - seen > TAIL_EVENTS_MAX:
+            self._vault.give_up_all(project_id)
+        elif changed := [stream_id for stream_id in locked.changed if may_be_of_a_subject(stream_id)]:
+            erasures = fold_all(await store.read_streams(connection, self.ledger_id, changed))
+            self._vault.give_up(project_id, [erasure.subject for erasure in erasures.values()])
 
     # Deciding
 
@@ -355,6 +375,7 @@ class Writer:
         absent = unknown & absent
         unknown -= absent
         queue = Queue()
+        retired: dict[str, int] = {}
         while True:
             if unknown:
                 await self._reader.load(connection, unknown)
@@ -378,7 +399,9 @@ class Writer:
                     unknown = await self._reader.load_items(connection, batch, missing.root)
                 else:
                     assert connection is not None
-                    queue = await self._reader.read_queue(connection, batch, now)
+                    if isinstance(subject := missing.under_lock, str):
+                        retired[subject] = await self._vault.retire(self._memory.project_id, subject)
+                    queue = replace(await self._reader.read_queue(connection, batch, now), retired=retired)
                     unknown = {task_id for task_id in queue.tasks if not on.knows(task_id)}
                 absent, flight = flight.absent - unknown, None
             else:
@@ -389,6 +412,8 @@ class Writer:
     def _accept(self, flight: Flight) -> None:
         """The batch is durable."""
         self._memory.accept(flight.decided)
+        if flight.fresh and isinstance(erasing := flight.fresh[-1].command, EraseSubject):
+            self._vault.give_up(self._memory.project_id, [erasing.subject])
         if flight.decided.append.events:
             self._commits.events += len(flight.decided.append.events)
             self._announce(flight.decided.append)

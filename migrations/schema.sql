@@ -18,6 +18,23 @@ CREATE SCHEMA sessions;
 
 CREATE SCHEMA tasks;
 
+CREATE FUNCTION keys.refuse_change() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        IF NEW.retired AND (NEW.wrapped IS NULL OR NEW.wrapped = OLD.wrapped)
+            AND (NEW.project_id, NEW.subject, NEW.key, NEW.created_at)
+                = (OLD.project_id, OLD.subject, OLD.key, OLD.created_at)
+        THEN
+            RETURN NEW;
+        END IF;
+    END IF;
+    RAISE EXCEPTION '% on keys.data_keys is refused: a key is retired, then destroyed, and never comes back', TG_OP
+        USING ERRCODE = 'insufficient_privilege';
+END
+$$;
+
 CREATE FUNCTION ledger.keep_log() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -148,14 +165,18 @@ CREATE TABLE keys.data_keys (
     key integer NOT NULL,
     wrapped bytea,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    retired boolean DEFAULT false NOT NULL,
     CONSTRAINT data_keys_key_check CHECK ((key > 0)),
     CONSTRAINT data_keys_subject_check CHECK ((subject ~ '^[0-9a-f]{32}$'::text)),
     CONSTRAINT data_keys_wrapped_check CHECK ((octet_length(wrapped) = 60))
-);
+)
+WITH (autovacuum_vacuum_threshold='1', autovacuum_vacuum_scale_factor='0');
 
 COMMENT ON COLUMN keys.data_keys.subject IS 'The pseudonym of the subject: an HMAC under the project key.';
 
 COMMENT ON COLUMN keys.data_keys.wrapped IS 'Nonce, data key and tag (AES-256-GCM under the project key). Null: destroyed.';
+
+COMMENT ON COLUMN keys.data_keys.retired IS 'Nothing more is sealed under it: an erasure of its subject was asked for.';
 
 CREATE TABLE keys.project_keys (
     project_id text NOT NULL,
@@ -559,6 +580,8 @@ CREATE INDEX spans_around ON approvals.spans USING btree (ledger_id, state, clas
 
 CREATE INDEX segments_by_term ON audit.segments USING gin (terms) WITH (fastupdate=off);
 
+CREATE INDEX data_keys_to_destroy ON keys.data_keys USING btree (project_id, subject) WHERE (retired AND (wrapped IS NOT NULL));
+
 CREATE INDEX open_items_by_root ON ledger.open_items USING btree (ledger_id, root_session_id);
 
 CREATE INDEX open_items_waited_on ON ledger.open_items USING btree (ledger_id, session_id) WHERE (item_type = 'approval'::text);
@@ -604,6 +627,10 @@ CREATE INDEX tasks_by_state ON tasks.tasks USING btree (ledger_id, state, "posit
 CREATE INDEX tasks_by_time ON tasks.tasks USING btree (ledger_id, submitted_at, "position");
 
 CREATE INDEX tasks_by_worker ON tasks.tasks USING btree (ledger_id, worker, "position") WHERE (worker IS NOT NULL);
+
+CREATE TRIGGER kept BEFORE DELETE OR TRUNCATE ON keys.data_keys FOR EACH STATEMENT EXECUTE FUNCTION keys.refuse_change();
+
+CREATE TRIGGER only_erased BEFORE UPDATE ON keys.data_keys FOR EACH ROW EXECUTE FUNCTION keys.refuse_change();
 
 CREATE TRIGGER append_only BEFORE DELETE OR UPDATE OR TRUNCATE ON ledger.commands FOR EACH STATEMENT EXECUTE FUNCTION ledger.refuse_change();
 
@@ -656,6 +683,10 @@ GRANT SELECT ON TABLE approvals.spans TO muniment_api;
 GRANT SELECT ON TABLE audit.segments TO muniment_api;
 
 GRANT SELECT,INSERT ON TABLE keys.data_keys TO muniment_api;
+
+GRANT UPDATE(wrapped) ON TABLE keys.data_keys TO muniment_api;
+
+GRANT UPDATE(retired) ON TABLE keys.data_keys TO muniment_api;
 
 GRANT SELECT,INSERT ON TABLE keys.project_keys TO muniment_api;
 

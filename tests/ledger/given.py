@@ -104,6 +104,7 @@ class Given:
         self.streams: dict[UUID, Any] = {}
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}
         self.leases: dict[UUID, str | None] = {}
+        self.retired: dict[str, int] = {}
         for stream_id, facts in (part if isinstance(part, On) else On(SESSION, (part,)) for part in history):
             for fact in facts:
                 self._record(stream_id, *(fact if isinstance(fact, By) else By(AGENT, fact)))
@@ -178,7 +179,7 @@ class Given:
     def batch(self, seconds_later: float = 0) -> Batch:
         """An empty batch on this history."""
         at = self.recorded_at + timedelta(seconds=seconds_later)
-        return Batch(self, at, VAULT, Queue(Offers(self), self.leases), session_retention_days=7)
+        return Batch(self, at, VAULT, Queue(Offers(self), self.leases, self.retired), session_retention_days=7)
 
 
 def pending_of(

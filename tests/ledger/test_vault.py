@@ -27,7 +27,7 @@ from ledger.errors import MalformedRequest, StoreUnavailable
 from ledger.personal import check, subjects
 from ledger.postgres import Connection, Pool, open_pool, queries
 from ledger.project_key import UnusableKey
-from ledger.vault import BrokenSeal, Place, Vault
+from ledger.vault import BrokenSeal, Place, Unprepared, Vault
 
 PLACE = Place(
     project_id="demo",
@@ -269,7 +269,7 @@ async def test_a_value_of_another_project_does_not_open_even_under_the_same_key_
 
 async def test_a_subject_that_is_not_prepared_cannot_be_sealed(vault: Vault) -> None:
     await vault.open("demo")
-    with pytest.raises(UnusableKey, match="not prepared"):
+    with pytest.raises(Unprepared, match="not prepared"):
         vault.seal("demo", personal(1), PLACE)
 
 
@@ -281,16 +281,17 @@ async def test_a_destroyed_key_reads_erased_and_the_rest_stays_readable(
 ) -> None:
     sealed = await seal(vault, {"gone": personal({"deep": [SECRET_VALUE]}, "a"), "kept": personal(2, "b")})
     pseudonym = sealed["gone"]["$sealed"]["subject"]
-    await sql(database, "UPDATE keys.data_keys SET wrapped = NULL WHERE subject = %s", pseudonym)
-    later = await make_vault()
-    assert await later.unseal("demo", sealed, PLACE) == {"gone": ERASED, "kept": 2}
+    assert await vault.destroy("demo", {pseudonym: 1}) == 1
+    for reader in (vault, await make_vault()):
+        assert await reader.unseal("demo", sealed, PLACE) == {"gone": ERASED, "kept": 2}
+    assert await vault.destroy("demo", {pseudonym: 1}) == 0
 
 
 async def test_after_destruction_new_values_get_a_new_key_and_old_ones_stay_erased(
     vault: Vault, make_vault: MakeVault, database: Any
 ) -> None:
     old = await seal(vault, personal("old"))
-    await sql(database, "UPDATE keys.data_keys SET wrapped = NULL")
+    await sql(database, "UPDATE keys.data_keys SET retired = true, wrapped = NULL")
     later = await make_vault()
     new = await seal(later, personal("new"))
     assert new["$sealed"]["key"] == 2
@@ -348,7 +349,7 @@ class CountingConnection(Connection):
         return await super().execute(*args, **kwargs)
 
 
-async def test_keys_in_memory_cost_no_query_and_missing_ones_a_single_query(
+async def test_keys_in_memory_cost_no_query_to_seal_and_to_open_is_always_a_single_query(
     vault: Vault, database: Any, tmp_path: Path
 ) -> None:
     people = [f"u{number}" for number in range(50)]
@@ -361,8 +362,13 @@ async def test_keys_in_memory_cost_no_query_and_missing_ones_a_single_query(
         assert await reader.unseal_all("demo", rows) == people
         assert CountingConnection.statements == 1
         await reader.prepare("demo", people)
+        assert CountingConnection.statements == 2
+        await reader.prepare("demo", people)
+        assert CountingConnection.statements == 2
         assert await reader.unseal_all("demo", rows) == people
-        assert CountingConnection.statements == 1
+        assert CountingConnection.statements == 3, "whether they are there still is asked each time"
+        assert await reader.unseal_all("demo", [({"plain": 1}, PLACE)]) == [{"plain": 1}]
+        assert CountingConnection.statements == 3
 
 
 async def test_a_key_that_is_held_is_not_forgotten_and_others_are(make_vault: MakeVault) -> None:
@@ -376,7 +382,7 @@ async def test_a_key_that_is_held_is_not_forgotten_and_others_are(make_vault: Ma
     for subject in "abcdef":
         try:
             vault.seal("demo", personal(1, subject), PLACE)
-        except UnusableKey:
+        except Unprepared:
             forgotten.append(subject)
     assert forgotten[:3] == ["a", "b", "c"]
     assert len(forgotten) == 4
@@ -395,11 +401,94 @@ async def test_the_service_may_neither_change_nor_delete_a_key(vault: Vault, dat
                         await connection.execute(statement.format(table))
 
 
+async def test_a_key_is_retired_then_destroyed_and_nobody_takes_that_back(vault: Vault, database: Any) -> None:
+    await seal(vault, [personal(1, "a"), personal(1, "b")])
+    changes = [
+        "UPDATE keys.data_keys SET wrapped = NULL",
+        "UPDATE keys.data_keys SET retired = true, key = key + 7",
+        "UPDATE keys.data_keys SET retired = true, wrapped = set_byte(wrapped, 0, get_byte(wrapped, 0) # 1)",
+        "DELETE FROM keys.data_keys",
+        "TRUNCATE keys.data_keys",
+    ]
+    back = [
+        "UPDATE keys.data_keys SET retired = false",
+        f"UPDATE keys.data_keys SET wrapped = '\\x{60 * '00'}'",
+        "DELETE FROM keys.data_keys",
+    ]
+    for allowed, refused in ((None, changes), ("SET retired = true", changes), ("SET wrapped = NULL", back)):
+        if allowed:
+            await sql(database, f"UPDATE keys.data_keys {allowed}")
+        for change in refused[1 if allowed else 0 :]:
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                await sql(database, change)
+
+
+async def test_nothing_more_is_sealed_under_a_retired_key_though_it_opens_what_it_sealed(
+    vault: Vault, make_vault: MakeVault
+) -> None:
+    old = await seal(vault, personal("old"))
+    pseudonym = vault.pseudonym("demo", SECRET_SUBJECT)
+    other = await make_vault()
+    assert await other.retire("demo", pseudonym) == 1
+    assert await other.retire("demo", pseudonym) == 1
+    assert await other.retire("demo", "f" * 32) == 0
+    vault.seal("demo", personal("x"), PLACE)  # it has the key, and cannot know yet
+    vault.give_up("demo", [pseudonym])
+    with pytest.raises(Unprepared):
+        vault.seal("demo", personal("x"), PLACE)
+    new = await seal(vault, personal("new"))
+    assert new["$sealed"]["key"] == 2
+    for reader in (vault, other):
+        assert await reader.unseal_all("demo", [(old, PLACE), (new, PLACE)]) == ["old", "new"]
+    assert await other.undestroyed() == {"demo": [pseudonym]}
+    assert await other.first_keys("demo", [pseudonym]) == {pseudonym: 1}
+    await other.destroy("demo", {pseudonym: 1})
+    assert await other.undestroyed() == {}
+    assert await other.first_keys("demo", [pseudonym]) == {pseudonym: 2}
+    assert await vault.unseal_all("demo", [(old, PLACE), (new, PLACE)]) == [ERASED, "new"]
+    assert (await seal(vault, personal("newer")))["$sealed"]["key"] == 2
+
+
+class PausingConnection(Connection):
+    """It holds back what a query found, until it may go on."""
+
+    found, go_on = asyncio.Event(), asyncio.Event()
+
+    async def execute(self, *args: Any, **kwargs: Any) -> Any:
+        cursor = await super().execute(*args, **kwargs)
+        self.found.set()
+        await self.go_on.wait()
+        return cursor
+
+
+async def test_what_was_found_before_a_key_was_given_up_is_not_sealed_with_after(
+    vault: Vault, database: Any, tmp_path: Path
+) -> None:
+    await seal(vault, personal("old"))
+    pool: Pool = AsyncConnectionPool(database.api, connection_class=PausingConnection, min_size=1, open=False)
+    async with pool:
+        late = Vault(tmp_path / "keys", pool, create_keys=False)
+        PausingConnection.found, PausingConnection.go_on = asyncio.Event(), asyncio.Event()
+        PausingConnection.go_on.set()
+        await late.open("demo")
+        PausingConnection.found.clear()
+        PausingConnection.go_on.clear()
+        preparing = asyncio.create_task(late.prepare("demo", [SECRET_SUBJECT]))
+        await PausingConnection.found.wait()
+        await vault.retire("demo", vault.pseudonym("demo", SECRET_SUBJECT))
+        late.give_up_all("demo")
+        PausingConnection.go_on.set()
+        held = await preparing
+        assert late.seal("demo", personal("new"), PLACE)["$sealed"]["key"] == 2
+        del held
+
+
 async def test_a_wrapped_key_that_was_altered_or_moved_is_refused(
     vault: Vault, make_vault: MakeVault, database: Any
 ) -> None:
     a, b = await seal(vault, [personal(1, "a"), personal(2, "b")])
     a, b = a["$sealed"]["subject"], b["$sealed"]["subject"]
+    await sql(database, "ALTER TABLE keys.data_keys DISABLE TRIGGER USER")
     await sql(
         database,
         "UPDATE keys.data_keys AS k SET wrapped = o.wrapped FROM keys.data_keys AS o "
