@@ -25,6 +25,7 @@ from api import (
     audit,
     commands,
     docs,
+    erasures,
     events,
     health,
     log,
@@ -51,7 +52,21 @@ from ledger.vault import Vault
 
 CONNECTIONS_MAX = 8
 PARAMETER = re.compile(r"\{(\w+):str\}")
-RESOURCES = (sessions, records, tasks, approvals, commands, events, audit, log, projections, health, metrics, docs)
+RESOURCES = (
+    sessions,
+    records,
+    tasks,
+    approvals,
+    commands,
+    events,
+    audit,
+    log,
+    erasures,
+    projections,
+    health,
+    metrics,
+    docs,
+)
 
 
 @asynccontextmanager

@@ -47,6 +47,7 @@ from ledger.commands import (
     WithdrawApproval,
     WithdrawVote,
 )
+from ledger.subjects import EraseSubject, PlaceHold, ReleaseHold
 from ledger.values import Action
 
 PAGE_ITEMS_MAX = 200
@@ -264,6 +265,18 @@ class Client:
             RecordOutcome(approval_id=approval_id, execution_id=execution_id, outcome=outcome, **fields)
         )
 
+    async def erase_subject(self, subject: str, ground: str, **fields: Any) -> Json:
+        """Erase a subject: the erasure, once it is done; `fields` are those of `EraseSubject`. Raises Held."""
+        return await self._post("/erasures", EraseSubject(subject=subject, ground=ground, **fields))
+
+    async def place_hold(self, subject: str, reason: str, **fields: Any) -> Json:
+        """Keep a subject from being erased: the hold; `fields` are those of `PlaceHold`."""
+        return await self._post("/holds", PlaceHold(subject=subject, reason=reason, **fields))
+
+    async def release_hold(self, hold_id: UUID, reason: str, **fields: Any) -> Json:
+        """Release a hold; `fields` are those of `ReleaseHold`."""
+        return await self._post(f"/holds/{hold_id}/release", ReleaseHold(hold_id=hold_id, reason=reason, **fields))
+
     async def receipt(self, command_id: str, *, principal: str | None = None) -> Json:
         """What became of a command: {status, positions, body}. Raises NotFound if it was never recorded."""
         return await self._get(f"/commands/{quote(command_id, safe='')}", {"principal": principal})
@@ -322,6 +335,12 @@ class Client:
 
     def list_approvals(self, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
         return self._pages("/approvals", "approvals", filters, limit, PAGE_ITEMS_MAX)
+
+    def list_erasures(self, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
+        return self._pages("/erasures", "erasures", filters, limit, PAGE_ITEMS_MAX)
+
+    def list_holds(self, *, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
+        return self._pages("/holds", "holds", filters, limit, PAGE_ITEMS_MAX)
 
     def events(self, *, after: int = 0, limit: int | None = None, **filters: Any) -> AsyncIterator[Json]:
         """The events after a position, in order, to the end of the ledger as it is when that is reached."""
@@ -386,6 +405,12 @@ class Client:
             return cast(Json, decoded(response, _objects))
         await asyncio.sleep(PAUSE_SECONDS)
         return known
+
+    async def _post(self, path: str, command: Command) -> Json:
+        """What the route of a command answers that no list takes."""
+        _, content = encoded(command)
+        body: Json = decoded(await self._wire.exchange("POST", path, content=content), _objects)
+        return body
 
     async def _get(self, path: str, parameters: Json, patience_seconds: float | None = None) -> Json:
         sent = {name: _parameter(value) for name, value in parameters.items() if value is not None}

@@ -5,6 +5,7 @@ function of the receipt, so the first answer and every replay of it are the same
 body limit, authentication, then in the committer replay, authorization, handling. Rules are never here.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import reduce
 from operator import or_
@@ -35,6 +36,7 @@ from ledger import errors
 from ledger.batch import RULES
 from ledger.commands import COMMANDS, BeginUse, Command, CommandId
 from ledger.entry import canonical
+from ledger.erasure import Erasure
 from ledger.errors import MalformedRequest, MunimentError, NotFound
 from ledger.receipt import Receipt
 from ledger.replay import ANSWERED_AS_IT_IS
@@ -80,6 +82,8 @@ OF_APPROVALS = (
     errors.RequestExpired,
 )
 """And what it may be told besides, if it is about an approval."""
+
+BESIDES = {"approval": OF_APPROVALS, "subject": (errors.Held,)}
 
 UNCOPIED = ("ClaimTasks", ANSWERED_AS_IT_IS)
 """Whose second answer need not be the first: nothing was claimed then, or the approval has been decided since."""
@@ -240,6 +244,9 @@ async def _beside(call: Call, receipt: Receipt) -> dict[str, Any]:
     state = receipt.state
     if receipt.type == ANSWERED_AS_IT_IS:
         return {"seconds_left": resources.seconds_left(state)}
+    if isinstance(state, Erasure):
+        (destroyed,) = await resources.destroyed(call.api.vault, call.caller.project_id, [state])
+        return {"destroyed": destroyed}
     if receipt.type == "BeginUse" and Principal.of(call.caller.actor) == state.requester:
         return {"use_token": await call.api.signer.token(call.caller.project_id, state)}
     return {}
@@ -302,10 +309,12 @@ async def _many(call: Call, body: bytes, named: type[Command] | None) -> Answer:
     items = [_read_item(raw, said, named) for raw in raws]
     ids = [_command_id(item, raw) for item, raw in zip(items, raws, strict=True)]
     verdicts = iter(await _submit(call, [item for item in items if isinstance(item, Command)], said))
-    answers = []
-    for item, command_id in zip(items, ids, strict=True):
-        verdict = item if isinstance(item, MunimentError) else next(verdicts)
-        answers.append(await _item_answer(call, command_id, verdict))
+    found = [item if isinstance(item, MunimentError) else next(verdicts) for item in items]
+    answering = (_item_answer(call, command_id, verdict) for command_id, verdict in zip(ids, found, strict=True))
+    if b"$personal" in body:  # at once, for then they ask together whether the keys are there still
+        answers = await asyncio.gather(*answering)
+    else:
+        answers = [await one for one in answering]
     return Answer(201 if named and all(item.status == 201 for item in answers) else 200, encode(answers))
 
 
@@ -379,7 +388,7 @@ def commanding(
         sends=SENDS,
         body_required=any(field.required for field in msgspec.structs.fields(command)),
         answers=answers,
-        refusals=(*REFUSALS, *OF_APPROVALS) if command.stream_type == "approval" else REFUSALS,
+        refusals=(*REFUSALS, *BESIDES.get(command.stream_type, ())),
     )
 
     return Submission(command, target, listed, submit, query).route(method, path, operation)

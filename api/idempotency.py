@@ -25,6 +25,7 @@ from ledger.commands import COMMANDS
 from ledger.errors import ERRORS
 from ledger.operations import OPERATIONS
 from ledger.receipt import Receipt
+from ledger.subjects import OF_SUBJECTS
 from ledger.vault import Vault
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ RECEIPT_BYTES_MAX = 64 * 1024
 UNWRITTEN_MAX = 10_000
 MAC_BYTES = 32
 
-_STATES = {command.__name__: RULES[command.stream_type][1] for command in (*COMMANDS, *OPERATIONS)}
+_STATES = {command.__name__: RULES[command.stream_type][1] for command in (*COMMANDS, *OPERATIONS, *OF_SUBJECTS)}
 _encode = msgspec.json.Encoder(enc_hook=lambda refusal: (refusal.code, refusal.params)).encode
 _decode = msgspec.json.Decoder(Receipt, dec_hook=lambda _, said: ERRORS[said[0]](**said[1])).decode
 

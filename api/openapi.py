@@ -20,6 +20,7 @@ from api.problems import Problem
 from api.resources import BESIDE, HIDDEN
 from ledger.commands import Command, CommandId, ProjectId
 from ledger.errors import InternalError, MunimentError
+from ledger.subjects import Pseudonym
 from ledger.values import Count, Line
 
 Json = dict[str, Any]
@@ -57,6 +58,7 @@ _PATH_TYPES: dict[str, Any] = {
     "command_id": CommandId,
     "position": Count,
     "view": Line,
+    "subject": Pseudonym,
     "project": ProjectId,
     "level": TileLevel,
     "index": TileIndex,

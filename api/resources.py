@@ -14,6 +14,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ledger.approval import Approval, next_due
+from ledger.erasure import Erasure
+from ledger.hold import Hold, in_force
 from ledger.record import RecordedFact
 from ledger.session import Session, State
 from ledger.task import Task
@@ -22,7 +24,7 @@ from ledger.vault import Place, Vault
 from ledger.view import View
 from projections.tasks import Attempt
 
-Resource: TypeAlias = Session | RecordedFact | Task | Approval | View
+Resource: TypeAlias = Session | RecordedFact | Task | Approval | View | Erasure | Hold
 
 SEALED = b'"$sealed"'
 
@@ -77,6 +79,8 @@ FORMS: dict[type[Any], Form] = {
         hidden=("request_event_id", "request_version", "root", "match"),
     ),
     View: Form(b"/projections", "view_id", {}, hidden=("view_id",), name="view"),
+    Erasure: Form(b"/erasures", "subject", {}),
+    Hold: Form(b"/holds", "hold_id", {}),
 }
 HIDDEN = {state: form.hidden for state, form in FORMS.items()} | {Attempt: ("error_event_id", "error_version")}
 
@@ -120,7 +124,20 @@ class OfApproval(Struct, kw_only=True, omit_defaults=True):
     ) = UNSET
 
 
-BESIDE: dict[type[Any], type[Struct]] = {Session: OfSession, Approval: OfApproval}
+class OfErasure(Struct, kw_only=True):
+    destroyed: Annotated[bool, Meta(description="Whether the keys are gone. If not yet, a worker sees to it.")]
+
+
+class OfHold(Struct, kw_only=True):
+    in_force: Annotated[bool, Meta(description="Whether it prevents an erasure, when it is read; not of its version.")]
+
+
+BESIDE: dict[type[Any], type[Struct]] = {
+    Session: OfSession,
+    Approval: OfApproval,
+    Erasure: OfErasure,
+    Hold: OfHold,
+}
 """By state: what is shown of it that is no field of it."""
 
 
@@ -154,6 +171,8 @@ def body(state: Resource) -> dict[str, Any]:
         shown["waiting_on"] = []
     elif isinstance(state, Approval):
         shown |= _of_approval(state)
+    elif isinstance(state, Hold):
+        shown["in_force"] = in_force(state, state.updated_at)
     elif isinstance(state, View):
         shown["requests"] = [msgspec.structs.asdict(request) for request in state.requests]
     return shown
@@ -195,6 +214,12 @@ def _consequence(approval: Approval, decision: Literal["denied", "expired"]) -> 
 def claimed(task: Task) -> dict[str, Any]:
     """What a worker is told of the task it claimed, personal values still sealed."""
     return {name: getattr(task, name) for name in ClaimedTask.__struct_fields__}
+
+
+async def destroyed(vault: Vault, project_id: str, erasures: Sequence[Erasure]) -> list[bool]:
+    """Of each erasure, whether it is done: whether the keys that it is of are gone."""
+    first = await vault.first_keys(project_id, {one.subject for one in erasures})
+    return [one.subject not in first or first[one.subject] > one.through for one in erasures]
 
 
 def identity(state: Resource) -> UUID:

@@ -1,4 +1,5 @@
-"""The worker: one process that builds the views, rebuilds them, expires what is due, and publishes the logs.
+"""The worker: one process that builds the views, rebuilds them, expires what is due, publishes the logs, and finishes
+erasures.
 
 Any number may run on one database: each job has one runner at a time (`ops/lease.py`), and any worker may be it.
 It starts without PostgreSQL and recovers by itself. Nothing is lost when it is killed; what a job does may not
@@ -24,6 +25,7 @@ from ledger.tracing import Tracing, open_tracing
 from ledger.vault import Vault
 from ledger.witness import read_witnesses
 from ops import OperatorError
+from ops.eraser import erase_for_ever
 from ops.lease import run_alone
 from ops.logs import write_log
 from ops.publishing import Publishing
@@ -60,9 +62,10 @@ async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None 
     """As `run`, until `stop` is set; then `tracing` is closed too."""
     witnesses = read_witnesses(settings.witnesses) if settings.witnesses else NO_WITNESSES
     async with open_pool(settings.database_url, CONNECTIONS_MAX) as pool, httpx.AsyncClient() as http:
+        vault = Vault(settings.keys_dir, pool, create_keys=False)
         committer = Committer(
             pool,
-            Vault(settings.keys_dir, pool, create_keys=False),
+            vault,
             create_ledgers=False,
             session_retention_days=settings.session_retention_days,
             tracing=tracing,
@@ -87,6 +90,7 @@ async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None 
                         group.create_task(run_alone(pool, "verifier", lambda: verify_for_ever(pool, proven))),
                         group.create_task(run_alone(pool, "follower", follower.follow)),
                         group.create_task(run_alone(pool, "publisher", publishing.run)),
+                        group.create_task(run_alone(pool, "eraser", lambda: erase_for_ever(pool, vault))),
                     ]
                     await stop.wait()
                     # A batch of the projector's that is cut short here is undone, position and all.
