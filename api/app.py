@@ -45,7 +45,7 @@ from api.problems import as_error
 from api.use_tokens import Signer
 from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
-from ledger.postgres import open_pool
+from ledger.postgres import open_keys_pool, open_pool
 from ledger.settings import Settings
 from ledger.tracing import Tracing
 from ledger.vault import Vault
@@ -74,8 +74,12 @@ async def serving(app: Litestar, settings: Settings, tracing: Tracing | None) ->
     """What every route works with, from the first request to the last."""
     conninfo = EmbeddedServer(settings.home).url("muniment_api") if settings.embedded else settings.database_url
     development = settings.mode == "development"
-    async with open_pool(conninfo, CONNECTIONS_MAX) as pool, provider(settings) as verifiers:
-        vault = Vault(settings.keys_dir, pool, create_keys=development)
+    async with (
+        open_pool(conninfo, CONNECTIONS_MAX) as pool,
+        open_keys_pool(settings.keys_database_url, pool) as keys,
+        provider(settings) as verifiers,
+    ):
+        vault = Vault(settings.keys_dir, keys, create_keys=development)
         committer = Committer(
             pool,
             vault,

@@ -105,6 +105,16 @@ async def open_pool(conninfo: str, connections_max: int = 8) -> AsyncGenerator[P
         await pool.close(timeout=5.0)
 
 
+@asynccontextmanager
+async def open_keys_pool(conninfo: str | None, pool: Pool) -> AsyncGenerator[Pool]:
+    """Where the data keys are: a database of their own, if there is one, or that of `pool`."""
+    if conninfo is None:
+        yield pool
+        return
+    async with open_pool(conninfo, 4) as keys:
+        yield keys
+
+
 TROUBLE = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError)
 """The database's own trouble, nobody's command: lost connections, a server that only reads (SQLSTATE class 25)."""
 

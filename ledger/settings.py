@@ -73,6 +73,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_direct_url: str
     migrate_database_url: str | None
     """The owner's; None in production where it was not given: then nothing can migrate."""
+    keys_database_url: str | None
+    """Where the data keys are, if not in the ledger's database; never `EMBEDDED`."""
+    migrate_keys_database_url: str | None
+    """Its owner's; None in production where it was not given."""
     redis_url: str | None
     idempotency_enabled: bool
     idempotency_ttl_seconds: int
@@ -123,9 +127,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         database_given = bool(environ.get("DATABASE_URL") or environ.get("DATABASE_URL_FILE"))
         direct_url = read.secret("DATABASE_DIRECT_URL", _check_connection)
         migrate_url = read.secret("MIGRATE_DATABASE_URL", _check_connection)
+        keys_url = read.secret("KEYS_DATABASE_URL", _check_connection)
+        migrate_keys_url = read.secret("MIGRATE_KEYS_DATABASE_URL", _check_connection)
         if mode == "development" or database_url == EMBEDDED:
             migrate_url = migrate_url or database_url
         keys_dir = read.directory("MUNIMENT_KEYS_DIR", home / "keys")
+        if mode == "development":
+            migrate_keys_url = migrate_keys_url or keys_url
         settings = cls(
             mode=mode,
             home=home,
@@ -135,6 +143,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             database_url=database_url,
             database_direct_url=direct_url or database_url,
             migrate_database_url=migrate_url,
+            keys_database_url=keys_url,
+            migrate_keys_database_url=migrate_keys_url,
             redis_url=read.secret("REDIS_URL", _check_redis),
             idempotency_enabled=read.boolean("IDEMPOTENCY_ENABLED", True),
             idempotency_ttl_seconds=read.integer("IDEMPOTENCY_TTL_SECONDS", 86_400, 1, 31_622_400),
@@ -178,6 +188,8 @@ def _contradictions(settings: Settings, database_given: bool) -> list[str]:
             for name, value in addresses.items()
             if value != EMBEDDED
         ]
+    if settings.migrate_keys_database_url and not settings.keys_database_url:
+        problems.append("MIGRATE_KEYS_DATABASE_URL is set without KEYS_DATABASE_URL: set both, or neither")
     issuer = {"OIDC_ISSUER_URL": settings.oidc_issuer_url, "OIDC_AUDIENCE": settings.oidc_audience}
     for there, missing in (("OIDC_ISSUER_URL", "OIDC_AUDIENCE"), ("OIDC_AUDIENCE", "OIDC_ISSUER_URL")):
         if issuer[there] and not issuer[missing]:

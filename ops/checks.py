@@ -313,7 +313,11 @@ async def logs(patient: Patient) -> Findings:
 async def keys(patient: Patient) -> Findings:
     """Whether each project's key file is here, and is the one it began with."""
     directory = patient.settings.keys_dir
-    known = await _rows(patient.connection, SQL.project_keys)
+    if patient.settings.keys_database_url is None:
+        known = await _rows(patient.connection, SQL.project_keys)
+    else:
+        async with await connect(patient.settings.keys_database_url) as connection:
+            known = await _rows(connection, SQL.project_keys)
     good = 0
     for project, key_id in known:
         try:

@@ -88,7 +88,8 @@ async def _up() -> None:
 async def _migrate(*, after: Annotated[bool, Parameter(negative=())] = False) -> None:
     """Bring the database to this version; does nothing where it is there already.
 
-    Needs the rights of the database's owner: MIGRATE_DATABASE_URL. Run it before a new version starts, while the
+    Needs the rights of the database's owner: MIGRATE_DATABASE_URL (of that of the keys, where they have one of their
+    own: MIGRATE_KEYS_DATABASE_URL). Run it before a new version starts, while the
     older one runs.
 
     Parameters
@@ -97,6 +98,7 @@ async def _migrate(*, after: Annotated[bool, Parameter(negative=())] = False) ->
         Apply also what an older version does not bear. For when none runs any more.
     """
     from ledger.embedded import OWNER, running_database
+    from ops.keys_database import migrate_keys
     from ops.migrate import MigrationError, left, migrate
 
     with running_database(_settings(), OWNER) as settings:
@@ -104,6 +106,10 @@ async def _migrate(*, after: Annotated[bool, Parameter(negative=())] = False) ->
         if url is None:
             raise MigrationError("MIGRATE_DATABASE_URL is not set, and production needs it to migrate: name the owner")
         applied = await migrate(url, settings.deployment, after=after)
+        if settings.keys_database_url:
+            if settings.migrate_keys_database_url is None:
+                raise MigrationError("MIGRATE_KEYS_DATABASE_URL is not set: name the owner of the keys' database")
+            applied += await migrate_keys(settings.migrate_keys_database_url, settings.deployment)
         later = await left(url)
     print("\n".join(f"migrated {name}" for name in applied) or "nothing to migrate")
     if later:
@@ -150,9 +156,11 @@ def _worker(*, supervised: Supervised = False) -> None:
 
 
 async def _check(settings: Settings) -> None:
+    from ops.keys_database import check_keys
     from ops.migrate import check
 
     await check(settings.database_url, settings.deployment, production=settings.mode == "production")
+    await check_keys(settings.database_url, settings.keys_database_url, settings.deployment)
 
 
 def _settings() -> Settings:

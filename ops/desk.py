@@ -20,7 +20,7 @@ from ledger.commands import Command
 from ledger.committer import Committer
 from ledger.embedded import running_database
 from ledger.operations import OPERATORS, OfView
-from ledger.postgres import Connection, Pool, open_pool, store_errors
+from ledger.postgres import Connection, Pool, open_keys_pool, open_pool, store_errors
 from ledger.receipt import Receipt
 from ledger.settings import Settings
 from ledger.values import Actor
@@ -120,8 +120,8 @@ async def open_desk(view: str | None = None) -> AsyncGenerator[Desk]:
     UnusableKey."""
     if view is not None and view not in VIEWS:
         raise DeskError(f"there is no view {view!r}: there are {', '.join(VIEWS)}")
-    async with reached() as (settings, pool):
-        vault = Vault(settings.keys_dir, pool, create_keys=True)
+    async with reached() as (settings, pool), open_keys_pool(settings.keys_database_url, pool) as keys:
+        vault = Vault(settings.keys_dir, keys, create_keys=True)
         async with pool.connection() as connection:
             is_new = await store.find_ledger(connection, OPERATORS) is None
         await vault.open(OPERATORS)  # as `project create` does: a ledger without its key could not take a command

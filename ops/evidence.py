@@ -24,7 +24,7 @@ from ledger.checkpoint import InclusionProof, Note, VerifierKey
 from ledger.entry import whole
 from ledger.evidence import Asked, Inventory, Manifest
 from ledger.merkle import inclusion, joined, subtrees
-from ledger.postgres import Connection, Pool, bigints, fetch, queries, uuids
+from ledger.postgres import Connection, Pool, bigints, fetch, open_keys_pool, queries, uuids
 from ledger.store import Stored
 from ledger.tree import Log
 from ledger.values import stamp
@@ -91,7 +91,7 @@ async def export(
     """
     if sum((session is not None, approval is not None, range_ is not None, (since or until) is not None)) != 1:
         raise EvidenceError("say what to export by one of --session, --approval, --range, or --since and --until")
-    async with reached() as (settings, pool):
+    async with reached() as (settings, pool), open_keys_pool(settings.keys_database_url, pool) as keys:
         async with pool.connection() as connection:
             ledger = await store.find_ledger(connection, project)
         if ledger is None:
@@ -102,7 +102,7 @@ async def export(
         asked, positions = await _asked(source, session, approval, range_, since, until)
         if not positions:
             raise EvidenceError(f"nothing published is of {asked}")
-        vault = Vault(settings.keys_dir, pool, create_keys=False) if unseal else None
+        vault = Vault(settings.keys_dir, keys, create_keys=False) if unseal else None
         path = out or Path(f"evidence-{project}-{_name(asked)}.zip")
         manifest = await write(source, asked, positions, path, vault)
     print(f"{path}: {manifest.entries:,} entries, {asked}")

@@ -148,7 +148,7 @@ def _before(missing: list[str], wanted: Mapping[str, str]) -> list[str]:
     return bearable
 
 
-async def check(url: str, deployment: str | None, *, production: bool) -> None:
+async def check(url: str, deployment: str | None, *, production: bool, wanted: Mapping[str, str] | None = None) -> None:
     """Refuse to start on a database that one must not work on; one that cannot be reached yet is no reason.
 
     Raises `MigrationError` if it is another deployment's, if its schema is not this version's and, in production,
@@ -162,7 +162,7 @@ async def check(url: str, deployment: str | None, *, production: bool) -> None:
         try:
             if deployment:
                 await _agree(connection, deployment)
-            wanted = shipped()
+            wanted = shipped() if wanted is None else wanted
             missing = await pending(connection, wanted)
             if missing == list(wanted):
                 return  # nothing of it yet, as where there are no tables

@@ -21,7 +21,7 @@ from api.use_tokens import Signer
 from ledger import store
 from ledger.commands import ProjectId
 from ledger.embedded import running_database
-from ledger.postgres import Pool, open_pool, store_errors
+from ledger.postgres import Pool, open_keys_pool, open_pool, store_errors
 from ledger.settings import Settings
 from ledger.vault import Vault
 
@@ -50,7 +50,8 @@ async def create(name: str, /) -> None:
     async with _database(settings) as pool:
         # The key first: a ledger without its key could not take a command. Dying between the two leaves a
         # key that nothing depends on yet, and the next create takes it.
-        await Vault(settings.keys_dir, pool, create_keys=True).open(name)
+        async with open_keys_pool(settings.keys_database_url, pool) as keys:
+            await Vault(settings.keys_dir, keys, create_keys=True).open(name)
         await Signer(settings.keys_dir, pool, create_key=True).open()
         async with pool.connection() as connection:
             known = await store.find_ledger(connection, name)

@@ -24,6 +24,7 @@ import httpx
 from ledger.embedded import EmbeddedServer
 from ledger.settings import Settings
 from ops import OperatorError
+from ops.keys_database import migrate_keys
 from ops.migrate import DatabaseUnreachable, migrate
 from ops.serve import STOP_SECONDS
 
@@ -99,20 +100,26 @@ async def _migrate(settings: Settings, server: EmbeddedServer | None) -> bool:
         return True
     try:
         # On a server of our own nothing else runs, of whatever version.
-        for name in await migrate(owner, settings.deployment, after=server is not None):
-            say(f"migrated {name}")
+        await _migrate_all(settings, owner, after=server is not None)
     except DatabaseUnreachable as error:
         say(f"{error}\nStarting without it: commands and reads answer 503 until it is there")
         return False
     return True
 
 
+async def _migrate_all(settings: Settings, owner: str, *, after: bool = False) -> None:
+    names = await migrate(owner, settings.deployment, after=after)
+    if settings.migrate_keys_database_url:
+        names += await migrate_keys(settings.migrate_keys_database_url, settings.deployment)
+    for name in names:
+        say(f"migrated {name}")
+
+
 async def _migrate_later(settings: Settings) -> None:
     while True:
         await asyncio.sleep(2)
         with suppress(DatabaseUnreachable):
-            for name in await migrate(settings.migrate_database_url or "", settings.deployment):
-                say(f"migrated {name}")
+            await _migrate_all(settings, settings.migrate_database_url or "")
             say("the database is there")
             return
 

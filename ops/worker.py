@@ -16,7 +16,7 @@ from functools import partial
 import httpx
 
 from ledger.committer import Committer
-from ledger.postgres import Pool, open_pool
+from ledger.postgres import Pool, open_keys_pool, open_pool
 from ledger.publisher import NO_WITNESSES, Publisher
 from ledger.settings import Settings
 from ledger.signing import LogFiles
@@ -61,8 +61,12 @@ async def run(settings: Settings) -> None:
 async def work(settings: Settings, stop: asyncio.Event, tracing: Tracing | None = None) -> None:
     """As `run`, until `stop` is set; then `tracing` is closed too."""
     witnesses = read_witnesses(settings.witnesses) if settings.witnesses else NO_WITNESSES
-    async with open_pool(settings.database_url, CONNECTIONS_MAX) as pool, httpx.AsyncClient() as http:
-        vault = Vault(settings.keys_dir, pool, create_keys=False)
+    async with (
+        open_pool(settings.database_url, CONNECTIONS_MAX) as pool,
+        open_keys_pool(settings.keys_database_url, pool) as keys,
+        httpx.AsyncClient() as http,
+    ):
+        vault = Vault(settings.keys_dir, keys, create_keys=False)
         committer = Committer(
             pool,
             vault,

@@ -1,0 +1,91 @@
+"""The keys in a database of their own: nothing of them is in the ledger's, and nothing starts where they are missed."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from api.client import Client
+from ledger.embedded import EmbeddedServer
+from ops.keys_database import check_keys, files, migrate_keys
+from ops.migrate import MigrationError, migrate
+from tests.conftest import Database, database_of
+from tests.server import Server
+
+MARK = {"$personal": {"subject": "c-9", "value": "Mia Li"}}
+
+
+@pytest.fixture
+async def keys(postgres: EmbeddedServer) -> AsyncIterator[Database]:
+    """A database that has the keys alone."""
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE keys_alone")
+        database = database_of(postgres, "keys_alone")
+        assert await migrate_keys(database.owner, None) == list(files())
+        assert await migrate_keys(database.owner, None) == []
+        yield database
+        connection.execute("DROP DATABASE keys_alone WITH (FORCE)")
+
+
+def rows(url: str, query: str) -> int:
+    with psycopg.connect(url, autocommit=True) as connection:
+        row = connection.execute(query.encode()).fetchone()
+    assert row is not None
+    count: int = row[0]
+    return count
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, keys: Database) -> Database:
+    """What is started now has its keys there."""
+    monkeypatch.setenv("KEYS_DATABASE_URL", keys.api)
+    return keys
+
+
+async def test_what_is_sealed_is_in_one_database_and_what_opens_it_in_another(
+    database: Database, elsewhere: Database, tmp_path: Path
+) -> None:
+    with Server(database, tmp_path, ("api", "worker")) as server:
+        async with Client(server.url, server.token("demo", roles=("agent", "operator"))) as client:
+            record = await client.record("a", body=MARK)
+            assert (await client.get_record(record.body["record_id"]))["body"] == "Mia Li"
+            assert rows(elsewhere.owner, "SELECT count(*) FROM keys.data_keys WHERE wrapped IS NOT NULL") == 1
+            assert (await client.erase_subject("c-9", "she asked"))["destroyed"] is True
+            assert (await client.get_record(record.body["record_id"]))["body"] == {"$erased": True}
+    assert rows(elsewhere.owner, "SELECT count(*) FROM keys.data_keys WHERE wrapped IS NOT NULL") == 0
+    assert rows(database.owner, "SELECT count(*) FROM keys.data_keys") == 0
+    assert rows(database.owner, "SELECT count(*) FROM keys.project_keys") == 0
+
+
+async def test_nothing_starts_where_the_keys_are_in_both_databases_or_in_neither(
+    database: Database, keys: Database, tmp_path: Path
+) -> None:
+    with Server(database, tmp_path) as server:
+        async with Client(server.url, server.token("demo")) as client:
+            await client.record("a", body=MARK)
+    await check_keys(database.api, None, None)
+    with pytest.raises(MigrationError, match=r"has keys too, that of demo"):
+        await check_keys(database.api, keys.api, None)
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        moved = connection.execute("SELECT project_id, key_id FROM keys.project_keys").fetchall()
+        connection.execute("ALTER TABLE keys.data_keys DISABLE TRIGGER USER")
+        connection.execute("TRUNCATE keys.data_keys, keys.project_keys")
+    with pytest.raises(MigrationError, match=r"no key of it: set KEYS_DATABASE_URL"):
+        await check_keys(database.api, None, None)
+    with psycopg.connect(keys.owner, autocommit=True) as connection:
+        connection.execute("INSERT INTO keys.project_keys VALUES (%s, %s)", moved[0])
+    await check_keys(database.api, keys.api, None)
+
+
+async def test_a_database_of_keys_that_is_not_migrated_is_refused_and_one_that_is_away_is_waited_for(
+    database: Database, postgres: EmbeddedServer, tmp_path: Path
+) -> None:
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE keys_old")
+        old = database_of(postgres, "keys_old")
+        await migrate(old.owner, None, dict(list(files().items())[:2]))
+        with pytest.raises(MigrationError, match="schema is older"):
+            await check_keys(database.api, old.api, None)
+        connection.execute("DROP DATABASE keys_old WITH (FORCE)")
+    await check_keys(database.api, f"host={tmp_path} dbname=none", None)
