@@ -8,7 +8,7 @@ an entry is text here, and never markup.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import islice
@@ -56,8 +56,9 @@ def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told]
         state_said=complete.state.replace("_", " "),
         because=_text(f"{complete.because[:1].upper()}{complete.because[1:]}."),
         missing=missing,
-        sessions=_titled("Who acted", map(_session, _streams(events, "session"))),
-        approvals=_titled("What was asked, and who decided", map(_approval, _streams(events, "approval"))),
+        people=_titled("Who acted", _people(events)),
+        sessions=_titled("In which sessions", map(_session, _streams(events, "session"))),
+        approvals=_titled("What was asked, and who decided", _approvals(events)),
         events="\n".join(map(_line, events)),
         left_out=f"<p>{left:,} more events are in the bundle, and not told here.</p>" if left > 0 else "",
         rests="".join(_rests(manifest, signed)),
@@ -95,6 +96,18 @@ def _streams(events: Iterable[Told], kind: str) -> list[list[Told]]:
 # Who acted
 
 
+def _people(events: Iterable[Told]) -> Iterator[str]:
+    """Everyone once, as whoever let them in called them."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for told in events:
+        found[_actor(told.event["actor"])].append(told.position)
+    rows = [
+        f'<li>{actor}: {len(places):,} events, <a href="#p{places[0]}">from position {places[0]} on</a></li>'
+        for actor, places in found.items()
+    ]
+    yield f"<ul>{''.join(rows)}</ul>"
+
+
 def _session(stream: list[Told]) -> str:
     first = stream[0]
     agent = first.data.get("agent") or {}
@@ -121,7 +134,14 @@ DIGESTS = ("instructions_digest", "tools_digest", "policy_digest")
 # What was asked
 
 
-def _approval(stream: list[Told]) -> str:
+def _approvals(events: Sequence[Told]) -> Iterator[str]:
+    records = {told.event["stream_id"]: told for told in events if told.event["stream_type"] == "record"}
+    tasks = {stream[0].event["stream_id"]: stream for stream in _streams(events, "task")}
+    for stream in _streams(events, "approval"):
+        yield _approval(stream, tasks.get(stream[0].data.get("task_id") or "", []), records)
+
+
+def _approval(stream: list[Told], task: list[Told], records: Mapping[str, Told]) -> str:
     asked = stream[0]
     data = asked.data
     action = data.get("action")
@@ -143,7 +163,8 @@ def _approval(stream: list[Told]) -> str:
     for told in stream[1:]:
         label = APPROVAL_ROWS.get(told.event["type"])
         if label is not None:
-            rows.append((label, _approval_row(told, data)))
+            rows.append((label, _approval_row(told, data, records)))
+    rows += [("As a task", f"{_text(_sentence(told))}{_value(_came_out(told))} {_at(told)}") for told in task]
     return f"<h3>{_text(str(tool))}: <code>{_text(asked.event['stream_id'])}</code></h3>{_table(rows)}"
 
 
@@ -166,7 +187,11 @@ APPROVAL_ROWS = {
 }
 
 
-def _approval_row(told: Told, asked: dict[str, Any]) -> str:
+def _came_out(told: Told) -> Any:
+    return told.data.get("result") if told.data.get("result") is not None else told.data.get("error")
+
+
+def _approval_row(told: Told, asked: dict[str, Any], records: Mapping[str, Told]) -> str:
     data = told.data
     kind = told.event["type"]
     if kind == "VoteCast":
@@ -174,6 +199,8 @@ def _approval_row(told: Told, asked: dict[str, Any]) -> str:
         who = _actor(voter | {"kind": "human", "assurance": "imported"} if voter else told.event["actor"])
         seen = data.get("digest_seen")
         saw = "" if not seen else ", of this very request" if seen == asked.get("request_digest") else ", of another"
+        shown = records.get((voter or {}).get("evidence") or "")
+        saw += f', by what was said at <a href="#p{shown.position}">position {shown.position}</a>' if shown else ""
         return f"<strong>{_text(str(data.get('verdict')))}</strong>{saw}, {who}{_because(data)}, {_at(told)}"
     if kind == "ApprovalPresented":
         return f"{_actor(told.event['actor'])}, in {_text(str(data.get('channel')))}, {_at(told)}"
@@ -205,7 +232,7 @@ def _line(told: Told) -> str:
     return (
         f'<li id="p{told.position}">'
         f'<span class="when">{told.position} · {_text(event["recorded_at"])} · {path}</span><br>'
-        f"{_actor(event['actor'])} {_text(_sentence(told))}{reason}{shown}</li>"
+        f"<strong>{_name(event['actor'])}</strong> {_text(_sentence(told))}{reason}{shown}</li>"
     )
 
 
@@ -256,6 +283,9 @@ class _Fields(dict[str, Any]):
 
 def _sentence(told: Told) -> str:
     kind = told.event["type"]
+    about = str(told.data.get("kind"))
+    if kind == "FactRecorded" and about.startswith("message."):
+        return f"recorded what the {about.removeprefix('message.')} said"
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
     return SENTENCES.get(kind, words).format_map(_Fields(told.data))
 
@@ -291,15 +321,19 @@ def _at(told: Told) -> str:
 
 
 def _actor(actor: dict[str, Any]) -> str:
-    """Who it was, as whoever let them in called them."""
+    """Who it was, under whose authority, as whoever let them in called them."""
+    name = f"<strong>{_name(actor)}</strong>"
     if actor.get("kind") == "system":
-        return "Muniment"
-    name = f"<strong>{_text(str(actor['sub']))}</strong>"
+        return f"{name} itself (what time or another event brings with it)"
     known = ", ".join(filter(None, (actor.get("kind"), actor.get("issuer"), *actor.get("roles", ()))))
     if actor.get("assurance") != "authenticated":
         known += f", {actor.get('assurance')} only"
     chain = [str(one.get("sub")) for one in actor.get("on_behalf_of", ())]
     return f"{name} ({_text(known)})" + (f" on behalf of {_text(', '.join(chain))}" if chain else "")
+
+
+def _name(actor: dict[str, Any]) -> str:
+    return "Muniment" if actor.get("kind") == "system" else _text(str(actor["sub"]))
 
 
 def _value(value: Any, *, block: bool = False) -> str:

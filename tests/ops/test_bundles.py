@@ -144,7 +144,14 @@ async def test_a_session_is_told_as_a_story_that_stands_alone(ledger: Ledger, tm
     page = Page(report(tmp_path / "b.zip"))
     for said in (
         *("finance-bot", "acme m-1", f"sha256:{'a' * 64}", "ticket-81", "Refund 12.50", "high", "as agreed"),
-        *("agent-7", "mia", "approve, of this very request", "desk", "R-1", "completed the session"),
+        *(
+            "agent-7 (agent, https://id.example, agent): ",
+            "mia (human, https://id.example, approver)",
+            "approve, of this very request",
+            "desk",
+            "R-1",
+            "completed the session",
+        ),
         *("not established", "Please refund me <b>now</b>\ufffd", str(approval)),
     ):
         assert said in page.text, said
@@ -268,5 +275,12 @@ async def test_real_runs_are_exported_verified_and_told(postgres: EmbeddedServer
                 await write_mirror(connection, await ledger.ledger_id(), log, tmp_path / "log")
             seen = verify_log(in_directory(tmp_path / "log"), Trust([VerifierKey.parse(await ledger.key())]))
     assert (seen.faults, seen.entries) == ([], stretch.entries)
-    for said in ("recorded message.user", "book_reservation", "imported only", "[sealed: of person"):
+    for said in (
+        "recorded what the user said",
+        "book_reservation",
+        "imported only",
+        "by what was said at position",
+        "As a task",
+        "[sealed: of person",
+    ):
         assert said in told
