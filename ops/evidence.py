@@ -21,7 +21,8 @@ from cyclopts import App, Parameter
 
 from ledger import past, store, tree
 from ledger.checkpoint import InclusionProof, Note, VerifierKey
-from ledger.entry import whole
+from ledger.entry import Event, whole
+from ledger.events import ApprovalRequested, Fact, VoteCast
 from ledger.evidence import Asked, Inventory, Manifest
 from ledger.merkle import inclusion, joined, subtrees
 from ledger.postgres import Connection, Pool, bigints, fetch, open_keys_pool, queries, uuids
@@ -191,17 +192,22 @@ async def _found(source: Source, wanted: audit.Filter, stream_ids: set[UUID]) ->
             positions += found
             after = found[-1]
         if wanted.session is None:
-            # An approval is told with the beginning of the session that it is of.
             rows = await store.read_positions(connection, source.ledger_id, positions)
-            sessions = {msgspec.json.decode(row.entry, type=_Of).session_id for row in rows}
-            stream_ids |= {session_id for session_id in sessions if session_id is not None}
+            stream_ids |= {stream_id for row in rows for stream_id in _told_with(row.decode().event)}
         ids = {"positions": bigints(positions), "stream_ids": uuids(stream_ids)}
         whole_streams = await fetch(connection, SQL.streams, ledger_id=source.ledger_id, size=size, **ids)
     return [position for (position,) in whole_streams]
 
 
-class _Of(msgspec.Struct):
-    session_id: UUID | None = None
+def _told_with(event: Event[Fact]) -> Iterator[UUID]:
+    """What an approval is not understood without: its session, what is run under it, what a vote was taken from."""
+    fact = event.data
+    named = [event.session_id]
+    if isinstance(fact, ApprovalRequested):
+        named += [fact.task_id, fact.supersedes]
+    if isinstance(fact, VoteCast) and fact.voter is not None:
+        named.append(fact.voter.evidence)
+    yield from (one for one in named if one is not None)
 
 
 def _name(asked: Asked) -> str:

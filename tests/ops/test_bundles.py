@@ -269,6 +269,13 @@ async def test_real_runs_are_exported_verified_and_told(postgres: EmbeddedServer
                 assert (await verified(ledger, path)).completeness.state == "not_established"
                 told += Page(report(path)).text
             log = await ledger.publish()
+            requested = "SELECT stream_id FROM ledger.events WHERE type = 'ApprovalRequested' ORDER BY position LIMIT 1"
+            async with ledger.pool.connection() as connection:
+                ((approval,),) = await (await connection.execute(requested)).fetchall()
+            alone = await exported(ledger, tmp_path / "approval.zip", approval=approval)
+            assert {"SessionOpened", "VoteCast", "TaskCompleted", "FactRecorded"} < set(alone.types)
+            assert alone.types["ApprovalRequested"] == 1
+            assert (await verified(ledger, tmp_path / "approval.zip")) == alone
             stretch = await exported(ledger, tmp_path / "all.zip", range_=f"1:{log.published_size}")
             assert (await verified(ledger, tmp_path / "all.zip")).completeness.state == "proven"
             async with ledger.pool.connection() as connection:
