@@ -29,13 +29,14 @@ from ledger.postgres import Connection, Pool, bigints, fetch, open_keys_pool, qu
 from ledger.store import Stored
 from ledger.tree import Log
 from ledger.values import stamp
-from ledger.vault import Place, Vault
+from ledger.vault import Vault
 from ledger.verify import Trust, read_checkpoint
 from ledger.witness import read_witnesses
 from ops import OperatorError
 from ops.desk import reached
 from ops.mirror import encode_keys
 from ops.report import EVENTS_MAX, Told, report
+from ops.seals import unsealed
 from projections import audit, caught_up
 
 SQL = queries("ops", "evidence")
@@ -279,13 +280,10 @@ async def _proofs(connection: Connection, source: Source, positions: Sequence[in
 
 async def _readable(source: Source, rows: Sequence[Stored], vault: Vault | None) -> list[Told]:
     """As the report tells them: with personal values, where a vault is given to open them."""
-    events = [msgspec.json.decode(whole(row.entry, row.payload)) for row in rows]
     if vault is not None:
-        places = [
-            Place(source.project, UUID(one["stream_id"]), one["stream_version"], UUID(one["event_id"]), "")
-            for one in events
-        ]
-        events = await vault.unseal_all(source.project, list(zip(events, places, strict=True)))
+        events = await unsealed(vault, source.project, rows)
+    else:
+        events = [msgspec.json.decode(whole(row.entry, row.payload)) for row in rows]
     return [Told(row.position, event) for row, event in zip(rows, events, strict=True)]
 
 

@@ -8,25 +8,29 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 from uuid import UUID
+
+from cyclopts import Parameter
 
 from ledger import tree
 from ledger.checkpoint import Checkpoint, InvalidNote, Note
 from ledger.merkle import EMPTY_ROOT, HASH_BYTES, TILE_HASHES, TILE_LEVELS, Edge, Run, Tile
-from ledger.postgres import Connection, fetch, queries
+from ledger.postgres import Connection, fetch, open_keys_pool, queries
 from ledger.tree import Damaged
+from ledger.vault import Vault
 from ledger.verify import Trust, read_checkpoint
 from ops import OperatorError
-from ops.desk import connected
+from ops.desk import reached
 from ops.integrity import FAULTS_MAX, Integrity, recompute
+from ops.seals import open_all
 
 SQL = queries("ops", "trees")
 
 LEAVES_AT_ONCE = 64 * TILE_HASHES
 
 
-async def database(*held: Path) -> None:
+async def database(*held: Path, open_seals: Annotated[bool, Parameter(negative=())] = False) -> None:
     """Recompute all that is in the database: each leaf, tile, root, signature, position, version and command.
 
     It takes a minute or so for a million events, and the service may run meanwhile. Ends with 1 if something is wrong.
@@ -36,14 +40,21 @@ async def database(*held: Path) -> None:
     held
         Checkpoints that were kept elsewhere. Only they tell of a database that was put back to an older state, with
         what it had signed till then.
+    open_seals
+        Open every personal value too, with the key files of this machine: one that was moved to another place does not
+        open there. Nothing that is opened is shown or kept.
     """
     try:
         notes = [Note.parse(path.read_bytes()) for path in held]
     except (OSError, InvalidNote) as error:
         raise OperatorError(f"That is no checkpoint: {error}") from None
-    async with connected() as connection:
-        found = await recompute(connection)
-        logs = await recompute_logs(connection, found, notes)
+    async with reached() as (settings, pool), open_keys_pool(settings.keys_database_url, pool) as keys:
+        async with pool.connection() as connection:
+            found = await recompute(connection)
+            logs = await recompute_logs(connection, found, notes)
+        sealed = 0
+        if open_seals:
+            sealed = await open_all(pool, Vault(settings.keys_dir, keys, create_keys=False), found)
     for fault in found.faults:
         print(fault)
     if len(found.faults) == FAULTS_MAX:
@@ -51,6 +62,8 @@ async def database(*held: Path) -> None:
     if found.faults:
         sys.exit(1)
     print(f"{found.positions:,} positions of {found.ledgers} projects, and {logs} logs: all recomputed, all whole")
+    if open_seals:
+        print(f"{sealed:,} entries with sealed values: what was not erased opens where it stands")
 
 
 class _Log(NamedTuple):

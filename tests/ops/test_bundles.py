@@ -28,6 +28,7 @@ from ledger.commands import (
 from ledger.embedded import EmbeddedServer
 from ledger.evidence import Manifest, verify_bundle
 from ledger.settings import Settings
+from ledger.subjects import EraseSubject
 from ledger.values import Action, Actor, AgentDescription, moment
 from ledger.vault import Vault
 from ledger.verify import Trust, verify_log
@@ -214,6 +215,27 @@ async def test_personal_values_are_shown_only_where_they_are_unsealed_and_never_
     with ZipFile(tmp_path / "b.zip") as archive:
         holders = [name for name in archive.namelist() if b"Ann Arbor" in archive.read(name)]
     assert holders == ["report.html"]
+
+
+async def test_whoever_was_erased_stays_erased_in_a_bundle_and_every_proof_holds(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    session, _ = await a_refund(ledger)
+    await exported(ledger, tmp_path / "before.zip", session=session)
+    operator = Actor(
+        issuer="https://id.example", sub="olga", kind="human", assurance="authenticated", roles=("operator",)
+    )
+    erased = (await ledger.give(EraseSubject(subject="c-9", ground="asked for"), operator)).state
+    vault = Vault(ledger.home / "keys", ledger.pool, create_keys=False)
+    await vault.destroy("demo", {erased.subject: erased.through})
+    await exported(ledger, tmp_path / "after.zip", vault, session=session)
+    for path in (tmp_path / "before.zip", tmp_path / "after.zip"):
+        await verified(ledger, path)
+    text = Page(report(tmp_path / "after.zip")).text
+    assert "[erased]" in text
+    assert "Ann Arbor" not in text
+    ended = await asyncio.to_thread(ledger.muniment, "verify", "database", "--open-seals")
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 async def test_what_cannot_be_exported_is_said(ledger: Ledger, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,29 @@ async def test_the_command_ends_well_where_all_is_whole_and_names_what_is_not(le
     ledger.tamper("UPDATE ledger.events SET entry = entry || ' ' WHERE position = 17")
     ended = await asyncio.to_thread(ledger.muniment, "verify", "database")
     assert (ended.returncode, ended.stdout) == (1, "demo: 17: its leaf is not the hash of its bytes\n")
+
+
+async def test_a_sealed_value_that_was_moved_is_named_though_all_was_hashed_and_signed(ledger: Ledger) -> None:
+    def personal(value: str) -> dict[str, Any]:
+        return {"content": {"$personal": {"subject": "c-9", "value": value}}}
+
+    one = await ledger.give(Record(kind="message.user", body=personal("Ann Arbor")))
+    other = await ledger.give(Record(kind="message.user", body=personal("Bob Berlin")))
+    moved = f"""UPDATE ledger.events AS e SET entry = convert_to(replace(
+            convert_from(e.entry, 'UTF8'),
+            (convert_from(e.entry, 'UTF8')::json #>> '{{data,body,content,$sealed,box}}'),
+            (convert_from(o.entry, 'UTF8')::json #>> '{{data,body,content,$sealed,box}}')), 'UTF8')
+        FROM ledger.events AS o WHERE e.position = {one.first_position} AND o.position = {other.first_position}"""
+    ended = await asyncio.to_thread(ledger.muniment, "verify", "database", "--open-seals")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "2 entries with sealed values: what was not erased opens where it stands" in ended.stdout
+    ledger.tamper(moved, "UPDATE ledger.events SET leaf = sha256('\\000'::bytea || entry)")
+    await ledger.publish()
+    assert await faults(ledger) == []
+    ended = await asyncio.to_thread(ledger.muniment, "verify", "database", "--open-seals")
+    assert ended.returncode == 1
+    assert ended.stdout.startswith(f"demo: {one.first_position}: The sealed value at /data/body/content of event")
+    assert "does not open there" in ended.stdout
 
 
 async def test_each_bit_of_each_signature_is_looked_at(ledger: Ledger) -> None:
