@@ -371,6 +371,12 @@ def test_data_beside_an_entry_is_compared_with_what_the_entry_says() -> None:
     assert found.startswith("1: the data beside it is not what it was recorded with")
 
 
+def test_streams_of_other_programs_are_numbered_as_they_like() -> None:
+    theirs = [event(1, 7, 2, stream_type="aggregate")[0], event(2, 7, 3, stream_type="aggregate")[0]]
+    assert faults(written(theirs)) == []
+    assert faults(written([event(1, 7, 2)[0]])) != []
+
+
 def test_bytes_that_are_no_event_are_a_fault_though_they_were_signed() -> None:
     found = faults(written([*HISTORY, b"{}", b"\xff"]))
     assert [fault[:31] for fault in found] == ["6: its bytes are no event: Obje", "7: its bytes are no event: JSON"]
