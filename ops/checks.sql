@@ -26,12 +26,16 @@ ORDER BY r.rolname, t.name
 
 -- name: triggers
 -- The triggers that refuse changes, where they are missing or do not fire.
-SELECT t.name, coalesce(g.tgname, CASE t.name WHEN 'ledgers' THEN 'kept' ELSE 'append_only' END), g.tgname IS NOT NULL
-FROM unnest(ARRAY['events', 'payloads', 'commands', 'ledgers']) AS t (name)
+SELECT t.name, t.trigger, g.tgname IS NOT NULL
+FROM (
+    VALUES ('events', 'append_only'), ('payloads', 'append_only'), ('commands', 'append_only'), ('ledgers', 'kept'),
+    ('logs', 'kept'), ('logs', 'only_grows'), ('tiles', 'kept'), ('tiles', 'only_grows'), ('log_keys', 'kept'),
+    ('log_keys', 'only_retired')
+) AS t (name, trigger)
 LEFT JOIN pg_trigger AS g
-    ON g.tgrelid = ('ledger.' || t.name)::regclass AND g.tgname IN ('append_only', 'kept') AND NOT g.tgisinternal
+    ON g.tgrelid = ('ledger.' || t.name)::regclass AND g.tgname = t.trigger AND NOT g.tgisinternal
 WHERE coalesce(g.tgenabled NOT IN ('O', 'A'), true)
-ORDER BY t.name
+ORDER BY t.name, t.trigger
 
 -- name: durability
 SELECT name, setting FROM pg_settings

@@ -96,6 +96,23 @@ async def test_a_poison_event_is_told_without_the_name_of_its_project(
     assert (listed.headers["ledger-position"], "view-state" in listed.headers) == ("2", False)
 
 
+@pytest.mark.usefixtures("worker")
+async def test_a_log_that_does_not_go_on_is_told_and_commands_are_taken(
+    client: httpx.AsyncClient, database: Database
+) -> None:
+    await client.post("/sessions", json={"agent_role": "x"})
+    await until(client, "/health", lambda a: bool(a.json()["status"] == "healthy"))
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute("UPDATE ledger.events SET leaf = sha256('forged')")
+    assert (await client.post("/sessions", json={"agent_role": "x"})).status_code == 201
+    answer = await until(client, "/health", lambda a: bool(a.json()["logs"]["state"] == "degraded"))
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    (why,) = answer.json()["logs"]["refused"]
+    assert why == "what is stored is not what was signed: the tree of 1 events has another root"
+    assert "demo" not in answer.text
+
+
 @pytest.fixture
 def tireless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part of a view is proven again as soon as it was."""

@@ -140,6 +140,8 @@ async def test_nothing_is_changed_by_looking(
 
 # --- each check ----------------------------------------------------------------------------------------------
 
+FORKED = """INSERT INTO ledger.logs (ledger_id, origin, refused)
+    SELECT ledger_id, 'a log', 'it forked' FROM ledger.ledgers"""
 PARK = """INSERT INTO projections.positions (view, ledger_id, parked_position)
     SELECT 'audit', ledger_id, 1 FROM ledger.ledgers"""
 LAST_MIGRATION = "(SELECT max(name) FROM muniment.migrations)"
@@ -181,6 +183,10 @@ LAST_MIGRATION = "(SELECT max(name) FROM muniment.migrations)"
             *("roles", "problem", "kept on ledger.ledgers is missing", "CREATE TRIGGER kept"),
         ),
         (
+            ["DROP TRIGGER only_grows ON ledger.tiles"],
+            *("roles", "problem", "only_grows on ledger.tiles is missing", "CREATE TRIGGER only_grows"),
+        ),
+        (
             ["ALTER DATABASE {name} SET synchronous_commit = off"],
             *("durability", "problem", "synchronous_commit is off for every role", "acknowledged before"),
         ),
@@ -195,6 +201,10 @@ LAST_MIGRATION = "(SELECT max(name) FROM muniment.migrations)"
         (
             ["UPDATE ledger.ledgers SET last_recorded_at = now() + interval '1 hour'"],
             *("clock", "problem", "a time to come", "set the database's clock right"),
+        ),
+        (
+            [FORKED],
+            *("logs", "problem", "the log of demo does not go on: it forked", "log-refused.md"),
         ),
         (
             [PARK],

@@ -152,15 +152,43 @@ async def test_it_goes_on_where_the_database_was_away(
     async with publishing(pool, tmp_path, listen_to=database.worker):
         ledger_id = await record(committer, 3)
         await covered(pool, ledger_id, 3)
-        with psycopg.connect(database.owner, autocommit=True) as owner:
-            away = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
-            owner.execute(f"{away} AND pid <> pg_backend_pid()".encode())
+        let_go(database)
         async with open_pool(database.worker, connections_max=2) as again:
             committer_again = Committer(again, Vault(tmp_path / "keys", again, create_keys=True), create_ledgers=True)
             await record(committer_again, 3)
             await committer_again.close()
             await covered(again, ledger_id, 6)
     check_logs(database.owner)
+
+
+async def test_a_database_put_back_under_it_is_noticed_before_anything_is_written(
+    pool: Pool, committer: Committer, database: Database, tmp_path: Path
+) -> None:
+    async with publishing(pool, tmp_path, listen_to=database.worker):
+        await covered(pool, await record(committer, 300), 300)
+        put_back(database, 100)
+        let_go(database)  # as a server that was stopped for it does
+        async with open_pool(database.worker, connections_max=2) as again:
+            why = await refusal(again, lambda why: why is not None)
+    assert why == ("history was rolled back: a checkpoint of 300 events was signed here, and the database knows of 0")
+
+
+def put_back(database: Database, size: int) -> None:
+    """As it was when there were so many events, and nothing was signed yet."""
+    with psycopg.connect(database.owner) as owner:
+        owner.execute("SET session_replication_role = replica")
+        owner.execute("DELETE FROM ledger.logs")
+        owner.execute("DELETE FROM ledger.tiles")
+        owner.execute("DELETE FROM ledger.events WHERE position > %s", [size])
+        owner.execute("DELETE FROM ledger.commands WHERE first_position > %s", [size])
+        owner.execute("UPDATE ledger.ledgers SET size = %s", [size])
+
+
+def let_go(database: Database) -> None:
+    """Have the server end every connection."""
+    with psycopg.connect(database.owner, autocommit=True) as owner:
+        others = b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+        owner.execute(others + b" AND pid <> pg_backend_pid()")
 
 
 # Witnesses
@@ -217,13 +245,7 @@ async def test_a_database_put_back_under_a_witness_is_refused_before_anything_is
         witnesses = Witnesses(1, (witness.address,))
         async with publishing(pool, tmp_path, witnesses=witnesses):
             await covered(pool, ledger_id, 300)
-        with psycopg.connect(database.owner) as owner:  # as it was when there were 100
-            owner.execute("SET session_replication_role = replica")
-            owner.execute("DELETE FROM ledger.logs")
-            owner.execute("DELETE FROM ledger.tiles")
-            owner.execute("DELETE FROM ledger.events WHERE position > 100")
-            owner.execute("DELETE FROM ledger.commands WHERE first_position > 100")
-            owner.execute("UPDATE ledger.ledgers SET size = 100")
+        put_back(database, 100)
         elsewhere = tmp_path / "elsewhere"
         (elsewhere / "keys").mkdir(parents=True, mode=0o700)
         secret = read_key_file(LogFiles(tmp_path / "keys").path(1))
