@@ -200,7 +200,7 @@ class Publisher:
                 # Dying before the commit leaves nothing of this step. Dying after it leaves a note that nobody has
                 # seen: whoever comes next finds it signed, and goes on from it.
                 if connection.standby_missed:
-                    raise Refused("the standby has not confirmed what was signed")
+                    raise psycopg.OperationalError("the standby has not confirmed what was signed")
             if not more:
                 break
         if row.signed is not None:

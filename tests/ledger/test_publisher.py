@@ -17,13 +17,15 @@ from uuid_utils.compat import uuid7
 
 from ledger import store, tree
 from ledger.checkpoint import Checkpoint, Note, check_checkpoint
+from ledger.embedded import EmbeddedServer
 from ledger.merkle import Edge, check_consistency, leaf_hash
 from ledger.postgres import Pool, open_pool
 from ledger.publisher import STEP_LEAVES_MAX, Publisher, Refused
 from ledger.signing import LogFiles
 from ledger.store import Append, EventRow
 from tests.check import check_logs
-from tests.conftest import Database
+from tests.conftest import Database, database_of
+from tests.ledger.test_hostile import cancel_the_wait, reconfigure
 
 NOW = datetime(2026, 11, 21, 9, tzinfo=UTC)
 
@@ -197,10 +199,42 @@ async def test_while_one_signs_another_leaves_the_log_alone(logged: Logged) -> N
     assert (await logged.published()).size == 20
 
 
+async def test_what_the_standby_has_not_confirmed_is_shown_to_nobody(
+    durable_server: EmbeddedServer, tmp_path: Path
+) -> None:
+    """The server has committed what was signed; a standby that is promoted then would not know of it."""
+    database = database_of(durable_server, "muniment")
+    async with (
+        open_pool(database.worker) as pool,
+        await psycopg.AsyncConnection.connect(database.owner, autocommit=True) as owner,
+    ):
+        keys = LogFiles(tmp_path / "keys")
+        async with pool.connection() as connection:
+            ledger = await store.create_ledger(connection, "demo", is_foreign=True)
+            await tree.add_key(connection, 1, keys.make(1))
+        logged = Logged(pool, database, keys, ledger.ledger_id)
+        await logged.append(5)
+        publisher = logged.publisher()
+        await publisher.publish(ledger.ledger_id)
+        await logged.append(5)
+        await owner.execute("SET synchronous_commit = off")  # this connection waits for no standby
+        await reconfigure(owner, "SET synchronous_standby_names = 'nobody'")
+        publishing = asyncio.create_task(publisher.publish(ledger.ledger_id))
+        await cancel_the_wait(owner)
+        with pytest.raises(psycopg.OperationalError, match="the standby has not confirmed"):
+            await publishing
+        assert logged.row()["size"] == 10
+        assert (await logged.published()).size == 5
+        assert Checkpoint.parse(Note.parse(keys.last_signed(ledger.ledger_id) or b"").text).size == 5
+        await reconfigure(owner, "RESET synchronous_standby_names")
+        await publisher.publish(ledger.ledger_id)
+        assert (await logged.published()).size == 10
+
+
 # What was signed is not taken back
 
 
-async def test_a_database_that_was_put_back_is_refused(logged: Logged, postgres: Any) -> None:
+async def test_a_database_that_was_put_back_is_refused(logged: Logged, postgres: EmbeddedServer) -> None:
     await logged.append(300)
     await logged.publisher().publish(logged.ledger_id)
     older = f"{logged.database.name}_backup"
