@@ -24,10 +24,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Meta, Struct, field
 
 from ledger.personal import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX, marks, replaced, subjects
-from ledger.postgres import Pool, queries, store_errors
+from ledger.postgres import Pool, Statement, queries, store_errors, texts
 from ledger.project_key import NONCE_BYTES, ProjectKey, UnusableKey, create_key_file, read_key_file
 
 SQL = queries("ledger", "vault")
+_find_data_keys = Statement("find_data_keys", SQL.find_data_keys)
 
 Held = tuple[object, ...]
 """Opaque. While the caller keeps it, the keys it stands for stay in memory, unless they are given up."""
@@ -269,7 +270,10 @@ class Vault:
     async def _look_now(self, project_id: str) -> dict[tuple[str, int], bytes | None]:
         async with self._looking.setdefault(project_id, asyncio.Lock()):
             look = self._looks.pop(project_id)
-            rows = await self._query(SQL.find_data_keys, project_id, subjects=list(look.subjects))
+            values = {"project_id": project_id.encode(), "subjects": texts(look.subjects)}
+            with store_errors():
+                async with self._pool.connection() as connection:
+                    rows = await _find_data_keys.fetch(connection, values)
         return {(subject, number): wrapped for subject, number, wrapped, _ in rows}
 
     def _unsealed(self, project_id: str, value: Any, where: Place, keys: dict[tuple[str, int], AESGCM]) -> Any:

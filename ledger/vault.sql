@@ -10,7 +10,7 @@ ON CONFLICT (project_id) DO NOTHING
 -- name: find_data_keys
 -- Every key these subjects ever had, destroyed ones too.
 SELECT subject, key, wrapped, retired FROM keys.data_keys
-WHERE project_id = %(project_id)s AND subject = ANY(%(subjects)s)
+WHERE project_id = %(project_id)s::text AND subject = ANY(%(subjects)s::text[])
 
 -- name: create_data_keys
 -- Two processes that create the same keys agree on the first. Sorted, so that they wait for each other

@@ -341,12 +341,14 @@ async def test_processes_that_create_the_same_keys_never_wait_for_each_other_in_
         await blocked
 
 
-class CountingConnection(Connection):
-    statements = 0
+class CountingPool(AsyncConnectionPool[Connection]):
+    """It knows how often a connection was asked for, which is once a query."""
 
-    async def execute(self, *args: Any, **kwargs: Any) -> Any:
-        type(self).statements += 1
-        return await super().execute(*args, **kwargs)
+    queries = 0
+
+    def connection(self, *args: Any, **kwargs: Any) -> Any:
+        self.queries += 1
+        return super().connection(*args, **kwargs)
 
 
 async def test_keys_in_memory_cost_no_query_to_seal_and_to_open_is_always_a_single_query(
@@ -354,21 +356,23 @@ async def test_keys_in_memory_cost_no_query_to_seal_and_to_open_is_always_a_sing
 ) -> None:
     people = [f"u{number}" for number in range(50)]
     rows = [(await seal(vault, personal(p, p)), PLACE) for p in people]
-    pool: Pool = AsyncConnectionPool(database.api, connection_class=CountingConnection, min_size=1, open=False)
+    pool = CountingPool(database.api, connection_class=Connection, min_size=1, kwargs={"autocommit": True}, open=False)
     async with pool:
         reader = Vault(tmp_path / "keys", pool, create_keys=False)
         await reader.open("demo")
-        CountingConnection.statements = 0
+        pool.queries = 0
         assert await reader.unseal_all("demo", rows) == people
-        assert CountingConnection.statements == 1
+        assert pool.queries == 1
         await reader.prepare("demo", people)
-        assert CountingConnection.statements == 2
+        assert pool.queries == 2
         await reader.prepare("demo", people)
-        assert CountingConnection.statements == 2
+        assert pool.queries == 2
         assert await reader.unseal_all("demo", rows) == people
-        assert CountingConnection.statements == 3, "whether they are there still is asked each time"
+        assert pool.queries == 3, "whether they are there still is asked each time"
         assert await reader.unseal_all("demo", [({"plain": 1}, PLACE)]) == [{"plain": 1}]
-        assert CountingConnection.statements == 3
+        assert pool.queries == 3
+        assert await asyncio.gather(*(reader.unseal("demo", *row) for row in rows)) == people
+        assert pool.queries == 4, "those who ask at once ask together"
 
 
 async def test_a_key_that_is_held_is_not_forgotten_and_others_are(make_vault: MakeVault) -> None:
