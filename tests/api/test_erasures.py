@@ -309,7 +309,7 @@ async def test_another_projects_subject_is_another(client: httpx.AsyncClient, to
 
 
 async def test_what_died_between_the_event_and_its_doing_is_finished_by_a_worker(
-    postgres: EmbeddedServer, durable_server: EmbeddedServer, tmp_path: Path
+    durable_server: EmbeddedServer, tmp_path: Path
 ) -> None:
     database = database_of(durable_server, "muniment")
     with psycopg.connect(database.owner, autocommit=True) as owner:
@@ -351,6 +351,10 @@ async def test_what_died_between_the_event_and_its_doing_is_finished_by_a_worker
     with Server(database, tmp_path) as server:
         async with Client(server.url, server.token("demo")) as client:
             assert (await client.get_record(record.body["record_id"]))["body"] == ERASED
+    # Not in a table's file, nor in the write-ahead log, nor in what PostgreSQL and Muniment say and keep.
+    files = [file for home in (durable_server.log.parent, tmp_path) for file in home.rglob("*") if file.is_file()]
+    assert any(file.parent.name == "pg_wal" for file in files)
+    assert [file for file in files for said in (SECRET, SUBJECT) if said.encode() in file.read_bytes()] == []
 
 
 @pytest.mark.usefixtures("worker")

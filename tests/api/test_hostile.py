@@ -302,7 +302,7 @@ def test_json_by_any_of_its_names_is_read(server: Server, stated: str) -> None:
     [
         "/nothing",
         "/sessions/../../etc/passwd",
-        "/holds",
+        "/delegations",
         "/tasks/x/lease",
         "/events/stream",
         "/docs/VENDOR.txt",

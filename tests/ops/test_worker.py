@@ -44,7 +44,7 @@ from tests.conftest import Database, database_of
 
 AGENT = Actor(issuer="https://id.example", sub="a", kind="agent", assurance="authenticated", roles=("agent",))
 
-JOBS = ("projector", "sweeper", "rebuilder", "follower", "publisher", "verifier")
+JOBS = ("projector", "sweeper", "rebuilder", "follower", "publisher", "verifier", "eraser")
 
 
 @asynccontextmanager
