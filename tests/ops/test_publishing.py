@@ -1,6 +1,7 @@
 """The worker's job that publishes: soon, seldom, whatever goes away under it; and the keys that operators give it."""
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -28,6 +29,7 @@ from ledger.witness import Witnesses
 from ops.publishing import Publishing
 from tests.check import check_ledger, check_logs
 from tests.conftest import Database
+from tests.ops.test_worker import worker
 from tests.projections.conftest import deadline
 from tests.witnesses import RunningWitness
 
@@ -208,6 +210,29 @@ async def test_what_is_published_is_cosigned(pool: Pool, committer: Committer, t
                 assert checkpoint.size == size
                 if size == 3:
                     await record(committer, 297)
+
+
+async def test_a_worker_is_told_by_its_settings_how_often_with_which_keys_and_who_cosigns(
+    pool: Pool, committer: Committer, database: Database, tmp_path: Path
+) -> None:
+    ledger_id = await record(committer, 3)
+    files = LogFiles(tmp_path / "log-keys")
+    with RunningWitness(tmp_path / "witness") as witness:
+        async with pool.connection() as connection:
+            await tree.add_key(connection, 1, files.make(1))
+            (key,) = await tree.keys_of(connection, f"localhost/{ledger_id}")
+        witness.muniment("add-log", str(key.vkey))
+        named = {"quorum": 1, "witnesses": [{"url": witness.url, "vkey": str(witness.key)}]}
+        (tmp_path / "witnesses.json").write_text(json.dumps(named))
+        settings = {
+            "MUNIMENT_WITNESSES": str(tmp_path / "witnesses.json"),
+            "MUNIMENT_LOG_KEYS_DIR": str(tmp_path / "log-keys"),
+            "MUNIMENT_CHECKPOINT_SECONDS": "0.5",
+        }
+        async with worker(database.worker, tmp_path, None, **settings):
+            log = await covered(pool, ledger_id, 3)
+        assert check_checkpoint(Note.parse(log.published), [key.vkey], [witness.key], 1).size == 3
+    assert not (tmp_path / "keys" / "log-1.secret").exists()
 
 
 async def test_below_the_quorum_the_older_checkpoint_stays_and_it_is_said(

@@ -48,13 +48,14 @@ JOBS = ("projector", "sweeper", "rebuilder", "follower", "publisher", "verifier"
 
 
 @asynccontextmanager
-async def worker(url: str, home: Path, log: IO[bytes] | None = None) -> AsyncIterator[Process]:
+async def worker(url: str, home: Path, log: IO[bytes] | None = None, **settings: str) -> AsyncIterator[Process]:
     """A worker process; killed when the block ends, if it still runs."""
     environment = {
         "PATH": os.environ["PATH"],
         "MUNIMENT_MODE": "development",
         "MUNIMENT_HOME": str(home),
         "DATABASE_URL": url,
+        **settings,
     }
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "ops.cli", "worker"), env=environment, stderr=log or asyncio.subprocess.DEVNULL
