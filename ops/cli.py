@@ -34,6 +34,8 @@ _SETTINGS = """
 | DATABASE_URL | PostgreSQL 15 or newer, or `embedded` (the default in development) |
 | DATABASE_DIRECT_URL | the same database without a transaction pooler; default DATABASE_URL |
 | MIGRATE_DATABASE_URL | the same database as its owner; default DATABASE_URL in development |
+| KEYS_DATABASE_URL | where the keys of personal values are; default DATABASE_URL |
+| MIGRATE_KEYS_DATABASE_URL | the same as its owner; default KEYS_DATABASE_URL in development |
 | MUNIMENT_CHECKPOINT_SECONDS | at most one checkpoint of a ledger in so many; default 1, at least 0.1 |
 | MUNIMENT_WITNESSES | a file with who must cosign checkpoints, `{"quorum": 1, "witnesses": [{"url": …, "vkey": …}]}` |
 | REDIS_URL | a Redis or Valkey that makes replays faster; default none |

@@ -175,6 +175,17 @@ def test_the_embedded_database_takes_no_other_address() -> None:
     assert problem.startswith("MIGRATE_DATABASE_URL is set, but the database is the embedded one")
 
 
+def test_the_keys_may_be_in_a_database_of_their_own_which_has_an_owner() -> None:
+    assert settings().keys_database_url is None
+    known = settings(KEYS_DATABASE_URL="postgresql://muniment_api@h/keys")
+    assert known.migrate_keys_database_url == known.keys_database_url == "postgresql://muniment_api@h/keys"
+    production = {"MUNIMENT_MODE": "production", "DATABASE_URL": "embedded"}
+    assert settings(KEYS_DATABASE_URL="postgresql://h/keys", **production).migrate_keys_database_url is None
+    assert problems(MIGRATE_KEYS_DATABASE_URL="postgresql://h/keys") == [
+        "MIGRATE_KEYS_DATABASE_URL is set without KEYS_DATABASE_URL: set both, or neither"
+    ]
+
+
 def test_an_issuer_needs_an_audience() -> None:
     assert problems(OIDC_ISSUER_URL="https://id.example") == [
         "OIDC_ISSUER_URL is set without OIDC_AUDIENCE: set both, or neither"
