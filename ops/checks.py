@@ -211,7 +211,7 @@ async def roles(patient: Patient) -> Findings:
     for table, trigger, exists in await _rows(patient.connection, SQL.triggers):
         advice = f"ALTER TABLE ledger.{table} ENABLE TRIGGER {trigger}"
         if not exists:
-            advice = f"CREATE TRIGGER {trigger} on it again, as in migrations/0001_ledger.sql"
+            advice = f"CREATE TRIGGER {trigger} on it again, as migrations/schema.sql has it"
         state = "does not fire" if exists else "is missing"
         yield Finding("roles", "problem", f"the trigger {trigger} on ledger.{table} {state}", advice)
 

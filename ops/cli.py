@@ -139,7 +139,7 @@ def _api(*, supervised: Supervised = False) -> None:
 
 @app.command(name="worker")
 def _worker(*, supervised: Supervised = False) -> None:
-    """Run one worker process: it builds the views and expires what is due. Any number may run.
+    """Run one worker process: it builds the views, expires what is due and publishes logs. Any number may run.
 
     They agree among themselves who does what; when one dies another takes over. The database must have
     been migrated.

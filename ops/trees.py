@@ -33,7 +33,7 @@ LEAVES_AT_ONCE = 64 * TILE_HASHES
 async def database(*held: Path, open_seals: Annotated[bool, Parameter(negative=())] = False) -> None:
     """Recompute all that is in the database: each leaf, tile, root, signature, position, version and command.
 
-    It takes a minute or so for a million events, and the service may run meanwhile. Ends with 1 if something is wrong.
+    The service may run meanwhile. Ends with 1 if something is wrong.
 
     Parameters
     ----------
