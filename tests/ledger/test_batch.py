@@ -16,11 +16,11 @@ from ledger.committer import Committer
 from ledger.entry import canonical, decode
 from ledger.errors import IdempotencyKeyReused, MunimentError, NotFound, RateLimited
 from ledger.events import FactRecorded, SessionCancelled, SessionOpened
-from ledger.project_key import UnusableKey
 from ledger.queue import OPEN_ITEMS_MAX
 from ledger.receipt import Receipt
 from ledger.syntax import METADATA_BYTES_MAX, PERSONAL_TEXT_BYTES_MAX, read_command
 from ledger.values import Actor, moment
+from ledger.vault import Unprepared
 from tests.check import check_ledger, of_type
 from tests.conftest import Database
 from tests.ledger.given import DEADLINE, OPENED, RECORD, SESSION, given, on, pending_of
@@ -136,7 +136,7 @@ def test_follow_ups_a_thousand_wide_all_follow() -> None:
 def test_personal_values_never_reach_an_entry_in_the_clear() -> None:
     """The keys are missing here, so nothing can be sealed: then nothing is decided either."""
     mark = {"$personal": {"subject": "mia", "value": "1 Elm St"}}
-    with pytest.raises(UnusableKey):
+    with pytest.raises(Unprepared):
         given(OPENED).when(Record(kind="note", body=[mark]))
 
 
