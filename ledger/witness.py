@@ -13,6 +13,7 @@ from base64 import b64encode
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -95,6 +96,7 @@ class Cosigners:
     """Asks witnesses. Remembers, to save a question, up to where each of them has followed which log."""
 
     def __init__(self, http: httpx.AsyncClient, witnesses: Witnesses) -> None:
+        http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))  # else they would fill the memory here
         self._http = http
         self._witnesses = witnesses
         self._sizes: dict[tuple[VerifierKey, str], int] = {}
@@ -211,7 +213,8 @@ class Cosigners:
         for attempt in range(2):
             try:
                 return await self._exchanged(method, url, content)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+                # Also of an address that it sends us to, which is read although nobody goes there.
                 lost = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError)
                 if attempt or not lost:
                     raise _NoLine(f"it cannot be reached: {str(error) or type(error).__name__}") from None

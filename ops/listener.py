@@ -18,7 +18,7 @@ CONNECTIONS_MAX = 256
 EXCHANGE_SECONDS = 30.0
 
 _REQUEST = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])", re.ASCII)
-_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\x00]*?)[ \t]*", re.ASCII)
+_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\x00]*)", re.ASCII)
 
 
 class Request(NamedTuple):
@@ -117,7 +117,7 @@ async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> t
     if request is None or None in matches:
         raise _Refused(HTTPStatus.BAD_REQUEST, "this is not a request of HTTP/1.1")
     fields: dict[str, str] = {}
-    for name, value in (match.groups() for match in matches if match):
+    for name, value in ((match[1], match[2].strip(" \t")) for match in matches if match):
         # What is said twice is a list (RFC 9110 s5.3), which no length is.
         fields[name.lower()] = f"{fields[name.lower()]}, {value}" if name.lower() in fields else value
     length = _length(fields)

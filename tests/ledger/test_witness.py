@@ -181,6 +181,35 @@ async def test_a_witness_that_does_not_answer_is_not_waited_for_once_there_are_e
         }
 
 
+@pytest.mark.parametrize("elsewhere", ["mailto:x", "http:a", "javascript:1", "http://xn--/", "//["])
+async def test_a_witness_that_sends_us_elsewhere_has_not_signed(http: httpx.AsyncClient, elsewhere: str) -> None:
+    async def send_away(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 302 Found\r\nLocation: {elsewhere}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode())
+        writer.close()
+
+    log = Log("a.log", entries=9)
+    async with await asyncio.start_server(send_away, "127.0.0.1", 0) as server:
+        address = Witness(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", LIAR.verifier)
+        cosigners = Cosigners(http, Witnesses(1, (address,)))
+        cosigned = await cosign(cosigners, log, 9)
+        assert (cosigned.enough, list(cosigned.missing)) == (False, [LIAR.name])
+        assert list(await cosigners.check(log.checkpoint(9), [log.vkey], log.prove)) == [LIAR.name]
+
+
+async def test_nothing_is_kept_for_a_witness(http: httpx.AsyncClient) -> None:
+    async def set_cookie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(set_cookie, "127.0.0.1", 0) as server:
+        address = Witness(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", LIAR.verifier)
+        await cosign(Cosigners(http, Witnesses(1, (address,))), Log("a.log", entries=9), 9)
+    assert len(http.cookies.jar) == 0
+
+
 async def test_a_connection_that_was_closed_meanwhile_is_made_anew(http: httpx.AsyncClient) -> None:
     log = Log("a.log", entries=9)
     heard = 0

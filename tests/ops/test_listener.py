@@ -60,6 +60,8 @@ def said(witness: RunningWitness, *parts: bytes) -> bytes:
         (b"POST /add-checkpoint HTTP/2.0\r\n\r\n", 400),
         (b"POST add-checkpoint HTTP/1.1\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"POST /add-checkpoint HTTP/1.1\r\nX:%s\0\r\n\r\n" % (b" " * (HEAD_BYTES_MAX - 100)), 400),
+        (b"POST /add-checkpoint HTTP/1.1\r\nX:x%sx\r\n\r\n" % (b" " * (HEAD_BYTES_MAX - 100)), 400),
         (b"GET / HTTP/1.1\r\nX: %s\r\n\r\n" % (b"x" * HEAD_BYTES_MAX), 431),
         (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * HEAD_BYTES_MAX, 431),
     ],
