@@ -2,7 +2,7 @@
 -- The log of a ledger, which has none yet.
 INSERT INTO ledger.logs (ledger_id, origin)
 SELECT %(ledger_id)s::uuid, d.name || '/' || %(ledger_id)s::uuid::text FROM muniment.deployment AS d
-ON CONFLICT (ledger_id) DO NOTHING
+ON CONFLICT DO NOTHING
 
 -- name: read
 -- What was signed and published of a ledger.
