@@ -150,8 +150,7 @@ class Committer:
         if isinstance(command, OfSubject):
             command.subject = self.vault.pseudonym(project_id, command.subject)
         asked = canonical(command)
-        with key_errors():
-            keys = await self.vault.prepare_for(project_id, asked)
+        keys = await self.vault.prepare_for(project_id, asked)
         target = command.target
         tracing = self.commits.tracing
         span = tracing.current() if tracing else None

@@ -15,6 +15,7 @@ from ledger.commands import TEXT_CHARACTERS_MAX, Command, Moment
 from ledger.personal import SUBJECT_CHARACTERS_MAX
 
 _TAG = bytes.fromhex("5ab1ec70")
+_TAG_NUMBER = int.from_bytes(_TAG)
 
 Subject = Annotated[
     str,
@@ -46,7 +47,7 @@ def stream_of(pseudonym: str) -> UUID:
 def may_be_of_a_subject(stream_id: UUID) -> bool:
     """Whether a subject's stream may be called so: nothing else is, for whoever began that stream first would keep the
     subject from being erased, or its holds from being seen."""
-    return stream_id.version == 8 and stream_id.bytes.startswith(_TAG)
+    return stream_id.int >> 96 == _TAG_NUMBER and stream_id.version == 8  # the cheap half first: it is asked of each
 
 
 class OfSubject(Command, kw_only=True):

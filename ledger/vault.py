@@ -25,7 +25,7 @@ from msgspec import Meta, Struct, field
 
 from ledger.personal import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX, marks, replaced, subjects
 from ledger.postgres import Pool, Statement, queries, store_errors, texts
-from ledger.project_key import NONCE_BYTES, ProjectKey, UnusableKey, create_key_file, read_key_file
+from ledger.project_key import NONCE_BYTES, ProjectKey, UnusableKey, create_key_file, key_errors, read_key_file
 
 SQL = queries("ledger", "vault")
 _find_data_keys = Statement("find_data_keys", SQL.find_data_keys)
@@ -196,10 +196,12 @@ class Vault:
         return tuple(rings.values())
 
     async def prepare_for(self, project_id: str, asked: bytes) -> Held | None:
-        """As `prepare`, for the subjects of the personal values inside a command's canonical bytes, if it has any."""
+        """As `prepare`, for the subjects of the personal values inside a command's canonical bytes, if it has any: a
+        caller's, who hears of an unusable key that the store is. Raises StoreUnavailable."""
         if b"$personal" not in asked:
             return None
-        return await self.prepare(project_id, subjects(msgspec.json.decode(asked)))
+        with key_errors():
+            return await self.prepare(project_id, subjects(msgspec.json.decode(asked)))
 
     def seal(self, project_id: str, value: Any, where: Place) -> Any:
         """A copy of `value` with its personal values sealed. Raises Unprepared unless its subjects are prepared.
