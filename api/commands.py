@@ -1,8 +1,8 @@
 """The one flow of every command: bytes -> command -> committer -> answer; and `/commands` itself.
 
-A route says a method, a path and a command type (`commanding`); all else is shared. An answer is a pure
-function of the receipt, so the first answer and every replay of it are the same bytes. The order is SPEC's:
-body limit, authentication, then in the committer replay, authorization, handling. Rules are never here.
+A route says a method, a path and a command type (`commanding`); all else is shared. What a receipt is answered with
+is in `receipts.py`. The order is SPEC's: body limit, authentication, then in the committer replay, authorization,
+handling. Rules are never here.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import HTTPScope, Receive, Send
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from api import resources
 from api.headers import CommandHeaders, agree, apply, headers_said
 from api.http import (
     BATCH_BODY_BYTES_MAX,
@@ -29,19 +28,18 @@ from api.http import (
     encode,
 )
 from api.idempotency import Asked
-from api.problems import MEDIA_TYPE, headers_of, problem
 from api.reading import Fresh, NoParameters, head, read_query, reading
+from api.receipts import CommandAnswer, ItemAnswer, answer, item_answer
 from api.resources import Claims
 from ledger import errors
 from ledger.batch import RULES
 from ledger.commands import COMMANDS, BeginUse, Command, CommandId
 from ledger.entry import canonical
-from ledger.erasure import Erasure
 from ledger.errors import MalformedRequest, MunimentError, NotFound
 from ledger.receipt import Receipt
 from ledger.replay import ANSWERED_AS_IT_IS
 from ledger.syntax import explain, read_command
-from ledger.values import Line, Principal
+from ledger.values import Line
 
 COMMANDS_MAX = 1000
 
@@ -95,28 +93,6 @@ class _Named(Struct):
 
 _items = msgspec.json.Decoder(list[msgspec.Raw])
 _named = msgspec.json.Decoder(_Named)
-
-
-class CommandAnswer(Struct, kw_only=True):
-    """What became of one command. `positions` are those of its events; `body` is what its own route answers."""
-
-    command_id: str
-    type: str
-    status: int
-    positions: list[int]
-    body: msgspec.Raw
-
-
-class ItemAnswer(Struct, kw_only=True, omit_defaults=True):
-    """What became of one command of a list. `command_id` is null where an item without one was not recorded."""
-
-    command_id: str | None
-    status: int
-    replayed: bool
-    positions: list[int]
-    body: msgspec.Raw
-    location: str | None = None
-    etag: str | None = None
 
 
 class Asking(NamedTuple):
@@ -209,72 +185,6 @@ def _asked(call: Call, command: Command) -> Asked:
     return Asked(project_id, call.ledger_id, call.caller.actor.principal, command.command_id, fingerprint)
 
 
-# Answering
-
-
-async def answer(call: Call, receipt: Receipt) -> Answer:
-    """The answer that `receipt` is, whether it is the first or a replay."""
-    body = await _body(call, receipt)
-    if receipt.refusal is not None:
-        shown = Answer(receipt.status, body, headers_of(receipt.refusal), MEDIA_TYPE)
-    else:
-        shown = Answer(receipt.status, body)
-        if not isinstance(receipt.state, tuple):
-            shown.headers.append((b"etag", resources.etag(receipt.state)))
-        if receipt.status in (201, 202):
-            shown.headers.append((b"location", resources.location(receipt.state)))
-    position = receipt.positions[-1] if receipt.event_count else receipt.seen_position
-    shown.headers += [(b"ledger-position", b"%d" % position), (b"command-id", receipt.command_id.encode())]
-    if receipt.replayed:
-        shown.headers.append((b"idempotent-replayed", b"true"))
-    return shown
-
-
-async def _body(call: Call, receipt: Receipt) -> bytes:
-    """What `receipt` says: the target as it then was, or why not. Who asks again must still be a reader: Forbidden."""
-    if receipt.refusal is not None:
-        return encode(problem(receipt.refusal, remembered=True))
-    if receipt.replayed:
-        call.caller.require_reader("Reading the answer")
-    return await resources.encode(call.api.vault, call.caller.project_id, receipt.state, await _beside(call, receipt))
-
-
-async def _beside(call: Call, receipt: Receipt) -> dict[str, Any]:
-    """What an answer has beside the state. Only who began a use is given its token."""
-    state = receipt.state
-    if receipt.type == ANSWERED_AS_IT_IS:
-        return {"seconds_left": resources.seconds_left(state)}
-    if isinstance(state, Erasure):
-        (destroyed,) = await resources.destroyed(call.api.vault, call.caller.project_id, [state])
-        return {"destroyed": destroyed}
-    if receipt.type == "BeginUse" and Principal.of(call.caller.actor) == state.requester:
-        return {"use_token": await call.api.signer.token(call.caller.project_id, state)}
-    return {}
-
-
-async def _item_answer(call: Call, command_id: str | None, verdict: Receipt | MunimentError) -> ItemAnswer:
-    if isinstance(verdict, MunimentError):
-        body = msgspec.Raw(encode(problem(verdict)))
-        return ItemAnswer(command_id=command_id, status=verdict.status, replayed=False, positions=[], body=body)
-    shown = ItemAnswer(
-        command_id=verdict.command_id,
-        status=verdict.status,
-        replayed=verdict.replayed,
-        positions=list(verdict.positions),
-        body=msgspec.Raw(),
-    )
-    try:
-        shown.body = msgspec.Raw(await _body(call, verdict))
-    except MunimentError as error:
-        shown.status, shown.body = error.status, msgspec.Raw(encode(problem(error)))
-        return shown
-    if verdict.refusal is None and not isinstance(verdict.state, tuple):
-        shown.etag = resources.etag(verdict.state).decode()
-        if verdict.status == 201:
-            shown.location = resources.location(verdict.state).decode()
-    return shown
-
-
 def _read_one(call: Call, body: bytes, submission: "Submission") -> Asking:
     named, target = submission.named, submission.target
     query = read_query(call.scope["query_string"], submission.query)
@@ -310,7 +220,7 @@ async def _many(call: Call, body: bytes, named: type[Command] | None) -> Answer:
     ids = [_command_id(item, raw) for item, raw in zip(items, raws, strict=True)]
     verdicts = iter(await _submit(call, [item for item in items if isinstance(item, Command)], said))
     found = [item if isinstance(item, MunimentError) else next(verdicts) for item in items]
-    answering = (_item_answer(call, command_id, verdict) for command_id, verdict in zip(ids, found, strict=True))
+    answering = (item_answer(call, command_id, verdict) for command_id, verdict in zip(ids, found, strict=True))
     if b"$personal" in body:  # at once, for then they ask together whether the keys are there still
         answers = await asyncio.gather(*answering)
     else:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from ledger import approval, erasure, hold, log_key, record, session, task, view
 from ledger.commands import ClaimTasks, Command
-from ledger.entry import Event, canonical, encode
+from ledger.entry import Event, encode
 from ledger.errors import (
     AlreadyExists,
     Forbidden,
@@ -284,18 +284,7 @@ class Batch:
         yield from ((pending, follow_up) for follow_up in followed)
 
     def _system(self, command: Command, command_id: str) -> Pending:
-        target = command.target
-        assert target is not None
-        asked = canonical(command)
-        return Pending(
-            command=command,
-            actor=SYSTEM,
-            principal=SYSTEM.principal,
-            command_id=command_id,
-            target=target,
-            canonical=asked,
-            fingerprint=self._vault.fingerprint(self.project_id, asked),
-        )
+        return Pending.of_system(command, command_id, self.keyed)
 
     def _refuse(self, pending: Pending, refusal: MunimentError, fact: Fact | None = None) -> Verdict:
         """A refusal is a fact too: one event, `fact` in the command's own stream or one in a stream of the refusal's.

@@ -6,6 +6,7 @@ events. It decides nothing, and it is answered once.
 
 import logging
 from asyncio import Future
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -13,9 +14,10 @@ from msgspec import Struct, field
 from uuid_utils.compat import uuid7
 
 from ledger.commands import Command
+from ledger.entry import canonical
 from ledger.errors import InternalError, MunimentError
 from ledger.receipt import Receipt
-from ledger.values import Actor
+from ledger.values import SYSTEM, Actor
 from ledger.vault import Held
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,21 @@ class Pending(Struct, kw_only=True, eq=False):
 
     def __post_init__(self) -> None:
         self.key = (self.principal, self.command_id)
+
+    @classmethod
+    def of_system(cls, command: Command, command_id: str, fingerprint: Callable[[bytes], bytes]) -> "Pending":
+        """What the system itself commands: nobody waits for it."""
+        assert command.target is not None
+        asked = canonical(command)
+        return cls(
+            command=command,
+            actor=SYSTEM,
+            principal=SYSTEM.principal,
+            command_id=command_id,
+            target=command.target,
+            canonical=asked,
+            fingerprint=fingerprint(asked),
+        )
 
     def resolve(self, verdict: Verdict) -> None:
         if self.answer is not None and not self.answer.done():

@@ -18,19 +18,18 @@ from contextvars import Context
 from uuid import UUID
 
 import psycopg
-from msgspec import Struct, field
 from msgspec.structs import replace
 from psycopg_pool import PoolTimeout
 
 from ledger import store
 from ledger.batch import Batch
 from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
+from ledger.flight import BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, Flight
 from ledger.known import Known, NotLoaded, Queue
 from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
 from ledger.past import SETTLED_SECONDS
 from ledger.pending import Pending, Verdict
 from ledger.postgres import TROUBLE, Clock, Connection, Pool, store_errors
-from ledger.project_key import key_errors
 from ledger.reader import Reader
 from ledger.receipt import Receipt
 from ledger.replay import fold_all, recall
@@ -41,8 +40,6 @@ from ledger.vault import Unprepared, Vault
 
 log = logging.getLogger(__name__)
 
-BATCH_COMMANDS_MAX = 512
-BATCH_BYTES_MAX = 8 * 1024 * 1024
 QUEUE_COMMANDS_MAX = 20_000
 ALONE_AFTER_BATCHES = 3
 RECOVERY_SECONDS = 5.0
@@ -54,33 +51,6 @@ class OutcomeUnknown(Exception):
 
 class Overtaken(Exception):
     """Something was recorded that this process did not expect; under the lock it will be seen."""
-
-
-class Flight(Struct, eq=False):
-    """Commands decided together; once the batch is on its way, `job` appends it.
-
-    `absent` are the streams that were believed not to exist, and not looked up.
-    """
-
-    decided: Batch
-    fresh: list[Pending] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-    absent: AbstractSet[UUID] = frozenset()
-    bytes: int = 0
-    job: asyncio.Task[bool] | None = None
-
-    def decide(self, batch: list[Pending], absent: AbstractSet[UUID]) -> None:
-        """Decide these too. Raises NotLoaded; then nothing but `fresh` and `absent` is of use any more."""
-        self.absent |= absent
-        self.decided.believe_absent(absent)
-        self.verdicts += map(self.decided.decide, batch)
-        self.fresh += batch
-        self.bytes += sum(len(pending.canonical) for pending in batch)
-
-    @property
-    def room(self) -> int:
-        """How many commands it can still take."""
-        return BATCH_COMMANDS_MAX - len(self.fresh) if self.bytes < BATCH_BYTES_MAX else 0
 
 
 class Writer:
@@ -308,9 +278,8 @@ class Writer:
                 await self._append_locked(batch)
             except Unprepared:
                 # A subject of theirs was erased after its key was made ready: now it has another.
-                with key_errors():
-                    for pending in batch:
-                        pending.data_keys = await self._vault.prepare_for(self._memory.project_id, pending.canonical)
+                for pending in batch:
+                    pending.data_keys = await self._vault.prepare_for(self._memory.project_id, pending.canonical)
             except PoolTimeout as error:
                 raise StoreUnavailable(why="No database connection was to be had") from error
             except (*TROUBLE, OutcomeUnknown) as error:
