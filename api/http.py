@@ -166,7 +166,8 @@ class Call:
             if self.command_id is not None:
                 answer.headers.append((b"command-id", self.command_id.encode()))
         if self.ledger_id is not None:
-            answer.headers.append((b"ledger-id", str(self.ledger_id).encode()))
+            epoch = self.api.committer.epoch(self.caller.project_id)
+            answer.headers.append((b"ledger-id", str(epoch).encode()))
         return answer
 
     def read_headers(self) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from ledger import approval, erasure, hold, log_key, record, session, task, view
+from ledger import adoption, approval, erasure, hold, log_key, record, session, task, view
 from ledger.commands import ClaimTasks, Command
 from ledger.entry import Event, encode
 from ledger.errors import (
@@ -30,6 +30,7 @@ from ledger.errors import (
 )
 from ledger.events import CommandRefused, Fact
 from ledger.known import Known, NotLoaded, Offers, Queue
+from ledger.log_events import LedgerAdopted
 from ledger.merkle import leaf_hash
 from ledger.operations import OPERATORS, may_be_of_a_view
 from ledger.pending import Pending, Verdict
@@ -50,6 +51,7 @@ RULES: dict[str, tuple[Rules, type[Any]]] = {
     "log_key": (log_key, log_key.LogKeys),
     "hold": (hold, hold.Hold),
     "subject": (erasure, erasure.Erasure),
+    "log": (adoption, adoption.Epochs),
 }
 """By stream type: its rules, and the state they work on."""
 
@@ -80,13 +82,14 @@ class Batch:
         self._known = known
         self.project_id = known.project_id
         self.ledger_id = known.ledger_id
+        self.epoch = known.epoch
         self._vault = vault
         self._retention = timedelta(days=session_retention_days)
         self.recorded_at = recorded_at
         self.now: Stamp = stamp(recorded_at)
         self._idle_deadline: Stamp | None = None
         self.size = known.size
-        self.append = Append(ledger_id=known.ledger_id, seen=known.size, recorded_at=recorded_at)
+        self.append = Append(ledger_id=known.ledger_id, seen=known.size, leaf=known.leaf, recorded_at=recorded_at)
         self.streams: dict[UUID, Any] = {}
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}
         self.receipts: dict[tuple[str, str], Receipt] = {}
@@ -107,6 +110,11 @@ class Batch:
     def believe_absent(self, stream_ids: Iterable[UUID]) -> None:
         """Take it that these streams, which are not known, do not exist."""
         self.streams.update(dict.fromkeys(stream_ids))
+
+    @property
+    def leaf(self) -> bytes | None:
+        """Of the last event, once this batch is appended."""
+        return self.append.events[-1].leaf if self.append.events else self.append.leaf
 
     # The world of a rule
 
@@ -232,8 +240,10 @@ class Batch:
                 raise PreconditionFailed(id=pending.target, expected=pending.expected_version, current=version)
 
     def _is_kept(self, stream_id: UUID) -> bool:
-        """Whether no caller may begin a stream of that name: it is kept for a subject, or for a view."""
-        return may_be_of_a_subject(stream_id) or (self.project_id == OPERATORS and may_be_of_a_view(stream_id))
+        """Whether no caller may begin a stream of that name: it is kept for a subject, for the log, or for a view."""
+        if may_be_of_a_subject(stream_id) or stream_id == adoption.LOG:
+            return True
+        return self.project_id == OPERATORS and may_be_of_a_view(stream_id)
 
     def _effect(self, pending: Pending, state: Any, facts: Sequence[Fact | On]) -> Receipt:
         """Record the facts, and then, in the same commit, what follows from them, level by level."""
@@ -309,11 +319,13 @@ class Batch:
         before sealing."""
         command = pending.command
         stream_type = fact.stream_type
+        if isinstance(fact, LedgerAdopted):
+            self.epoch = self.append.epoch = fact.ledger
         session_id, root_session_id = self._session_of(pending, before, fact)
         event: Event[Any] = Event(
             v=1,
             project=self.project_id,
-            ledger=self.ledger_id,
+            ledger=self.epoch,
             event_id=pending.event_id(index),
             stream_type=stream_type,
             stream_id=stream_id,

@@ -7,7 +7,9 @@ hands it to the writer of its project's ledger, whose group commit answers. Noth
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from contextvars import Context
 from time import monotonic
+from uuid import UUID
 
 from msgspec import UNSET
 from uuid_utils.compat import uuid7
@@ -30,6 +32,8 @@ from ledger.values import Actor
 from ledger.vault import Vault
 from ledger.watch import Watch
 from ledger.writer import Writer
+
+LOOK_SECONDS = 5.0
 
 
 class Committer:
@@ -54,6 +58,8 @@ class Committer:
         self._create_ledgers = create_ledgers
         self._writers: dict[str, Writer] = {}
         self._opening: dict[tuple[str, bool], asyncio.Task[Writer]] = {}
+        self._looked_at: dict[UUID, float] = {}
+        self._looking: set[asyncio.Task[None]] = set()
 
     async def submit(
         self, project_id: str, command: Command, actor: Actor, *, traceparent: str | None = None
@@ -95,8 +101,15 @@ class Committer:
     async def ledger(self, project_id: str) -> Ledger | None:
         """The project's ledger, if it has one. Its size is as of when this process first met it."""
         with suppress(UnknownProject):
-            return (await self._writer(project_id, create=False)).ledger
+            writer = await self._writer(project_id, create=False)
+            self._look(writer)
+            return writer.ledger
         return None
+
+    def epoch(self, project_id: str) -> UUID:
+        """What the ledger of the project is called outside. Where another process has begun that, it is known at the
+        next commit here, or some seconds later."""
+        return self._writers[project_id].ledger.epoch
 
     @property
     def waiting(self) -> int:
@@ -105,6 +118,7 @@ class Committer:
 
     async def close(self) -> None:
         """Finish what was accepted; then nothing is on its way any more."""
+        await asyncio.gather(*self._looking)
         await asyncio.gather(*(writer.drained() for writer in self._writers.values()))
         await self.watch.closed()
 
@@ -142,6 +156,16 @@ class Committer:
             commits=self.commits,
         )
         return self._writers.setdefault(project_id, writer)
+
+    def _look(self, writer: Writer) -> None:
+        """Have a writer know what its ledger is called by now, unless that was looked for a moment ago: where nothing
+        is recorded here, nobody else would notice that another process has begun an epoch of it."""
+        now = monotonic()
+        if now > self._looked_at.get(writer.ledger_id, 0.0) + LOOK_SECONDS:
+            self._looked_at[writer.ledger_id] = now
+            job = asyncio.create_task(writer.look(), context=Context())
+            self._looking.add(job)
+            job.add_done_callback(self._looking.discard)
 
     async def _pending(self, project_id: str, command: Command, actor: Actor, traceparent: str | None) -> Pending:
         command_id = command.command_id if command.command_id is not UNSET else str(uuid7())

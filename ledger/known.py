@@ -85,8 +85,14 @@ class Known(Protocol):
 
     project_id: str
     ledger_id: UUID
+    epoch: UUID
     size: int
     recorded_at: datetime
+
+    @property
+    def leaf(self) -> bytes | None:
+        """Of its last event, where that is known."""
+        ...
 
     def knows(self, stream_id: UUID) -> bool:
         """Whether `stream` can tell."""

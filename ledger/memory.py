@@ -62,7 +62,9 @@ class Memory:
     def __init__(self, project_id: str, ledger: Ledger, refusals: Refusals) -> None:
         self.project_id = project_id
         self.ledger_id = ledger.ledger_id
+        self.epoch = ledger.epoch
         self.size = -1
+        self.leaf: bytes | None = None
         self.recorded_at = ledger.last_recorded_at
         self.streams: dict[UUID, Any] = {}
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}
@@ -135,15 +137,19 @@ class Memory:
 
     def catch_up(self, locked: Locked, now: float) -> bool:
         """Forget what other processes changed since; True if there was nothing. `now`: Unix seconds."""
-        alone = locked.head.size == self.size
+        head, changed = locked.head, locked.changed
+        alone = head.size == self.size and changed is not None
         if not alone:
             self._complete_since = now
             self.items.clear()
-            if self.size < 0 or locked.head.size - self.size > TAIL_EVENTS_MAX:
+            if self.size < 0 or changed is None or head.size - self.size > TAIL_EVENTS_MAX:
                 self.streams.clear()
-            for stream_id in locked.changed:
+            if changed is None:
+                self._recent.clear()  # what was answered here may be lost
+            for stream_id in changed or ():
                 self.streams.pop(stream_id, None)
-        self.size, self.recorded_at = locked.head
+        self.size, self.recorded_at, self.epoch = head
+        self.leaf = locked.leaf
         return alone
 
     def accept(self, decided: Batch) -> None:
@@ -172,6 +178,7 @@ class Memory:
             for _ in range(count):
                 self._refusals.add(self.ledger_id, principal)
         self.size, self.recorded_at = decided.size, decided.append.recorded_at
+        self.leaf, self.epoch = decided.leaf, decided.epoch
         self._forget_oldest()
 
     def _forget_oldest(self) -> None:

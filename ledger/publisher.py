@@ -25,24 +25,29 @@ from ledger.postgres import Connection, Pool, queries
 from ledger.project_key import UnusableKey
 from ledger.signing import LogFiles
 from ledger.telemetry import Published
-from ledger.tree import Damaged, LogKey
+from ledger.tree import LEAVES_AT_ONCE, Damaged, LogKey
 from ledger.witness import Cosigners, Prove, RolledBack, Witnesses
 
 SQL = queries("ledger", "publisher")
-
-STEP_LEAVES_MAX = 16 * 256
-"""So many are hashed at once: 10 ms, for which the other jobs of the process wait."""
-
 
 NO_WITNESSES = Witnesses(0, ())
 
 
 class Refused(Exception):
-    """Nothing is signed, or published; the message says why, and names no project."""
+    """Nothing is signed, or published; the message says why, and names no project. `said` is that for everybody:
+    without what is of this machine or of the database, which the worker's log has, or what a witness answered.
+
+    `contradicted_by` is what the log itself has signed, and is no beginning of what is there.
+    """
+
+    def __init__(self, why: str, *, said: str = "", contradicted_by: Note | None = None) -> None:
+        super().__init__(why)
+        self.said = said or why
+        self.contradicted_by = contradicted_by
 
 
 class _Row(NamedTuple):
-    """What was signed and published of a ledger."""
+    """What was signed and published of a ledger; and what somebody holds that may contradict it."""
 
     origin: str
     size: int
@@ -51,6 +56,12 @@ class _Row(NamedTuple):
     published_size: int
     published: str | None
     refused: str | None
+    contradicted_by: str | None
+
+    @property
+    def log_id(self) -> UUID:
+        """Of this log alone: a ledger that was adopted has another."""
+        return UUID(self.origin.rpartition("/")[2])
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -79,7 +90,7 @@ class Publisher:
         self._keys = keys
         self._quorum, self._names = witnesses.quorum, [one.key.name for one in witnesses.known]
         self._cosigners = Cosigners(http, witnesses) if http is not None and witnesses.known else None
-        self._known: dict[UUID, Checkpoint] = {}
+        self._known: dict[UUID, Note] = {}
         self._confronted: set[UUID] = set()
 
     def forget(self) -> None:
@@ -106,30 +117,42 @@ class Publisher:
                 await self._show(ledger_id, row)
         except (Refused, RolledBack, Damaged, InvalidNote, UnusableKey, psycopg.errors.InsufficientPrivilege) as error:
             self.published.refusals += 1
-            values = {"ledger_id": ledger_id, "why": _shown(error)}
-            async with self._pool.connection() as connection:
-                await connection.execute(SQL.refuse, values)
-            raise Refused(str(error)) from error
+            refused = _refusal(error)
+            await self._refuse(ledger_id, refused)
+            raise refused from error.__cause__ or (None if refused is error else error)
+
+    async def _refuse(self, ledger_id: UUID, refused: Refused) -> None:
+        """Have it known to all workers, and to whoever asks."""
+        note = refused.contradicted_by
+        values = {"ledger_id": ledger_id, "why": refused.said, "note": None if note is None else str(note)}
+        async with self._pool.connection() as connection:
+            await connection.execute(SQL.refuse, values)
 
     # Before anything is signed
 
     async def _confront(self, ledger_id: UUID) -> None:
         """Compare with what the witnesses have cosigned, unless that was done. Raises Refused, RolledBack."""
-        if self._cosigners is None or ledger_id in self._confronted:
+        if self._cosigners is None:
             return
         async with self._pool.connection() as connection:
             row = await _read(connection, SQL.read, ledger_id)
             assert row is not None
+            if row.log_id in self._confronted:
+                return
             keys = await tree.keys_of(connection, row.origin)
         vkeys = [key.vkey for key in keys]
+        note = None if row.signed is None else Note.parse(row.signed.encode())
         try:
-            silent = await self._cosigners.check(row.checkpoint, vkeys, self._prove(ledger_id))
+            silent = await self._cosigners.check(row.checkpoint, note, vkeys, self._prove(ledger_id))
         except RolledBack as error:
             await self._unless_overtaken(ledger_id, row.size, error)
+            if error.shown is not None:
+                # What it shows may be of what is there: then the database has only forgotten to have signed it.
+                await self._refuse(ledger_id, Refused(str(error), contradicted_by=error.shown))
             return
         if len(self._names) - len(silent) < self._quorum:
-            raise Refused(f"too few witnesses say what they know: {_reasons(silent)}")
-        self._confronted.add(ledger_id)
+            raise _too_few("say what they know", silent)
+        self._confronted.add(row.log_id)
 
     async def _unless_overtaken(self, ledger_id: UUID, size: int, error: RolledBack) -> None:
         """Raise `error`, unless another publisher of this database has gone on from `size` meanwhile: what one shows to
@@ -160,30 +183,51 @@ class Publisher:
             signed = check_checkpoint(Note.parse(row.signed.encode()), vkeys)
             if signed != Checkpoint(row.origin, row.size, edge.root):
                 raise Refused(f"what is stored is not what was signed: the tree of {row.size} events has another root")
-        known = self._last_signed(ledger_id, vkeys)
-        if known is None:
-            return edge
-        if known.size > row.size:
-            raise Refused(
-                f"history was rolled back: a checkpoint of {known.size} events was signed here, and the database "
-                f"knows of {row.size}"
-            )
-        at_that_size = known.size == row.size
-        root = edge.root if at_that_size else await tree.root_of(connection, ledger_id, known.size)
-        if root != known.root:
-            raise Refused(f"what is stored is not what was signed here: the first {known.size} events are others")
+        for note in (self._last_signed(row.log_id), row.contradicted_by and Note.parse(row.contradicted_by.encode())):
+            if note:
+                await self._contained(connection, ledger_id, row.size, edge, head, note, vkeys)
         return edge
 
-    def _last_signed(self, ledger_id: UUID, vkeys: Sequence[VerifierKey]) -> Checkpoint | None:
-        if ledger_id not in self._known:
+    async def _contained(
+        self,
+        connection: Connection,
+        ledger_id: UUID,
+        size: int,
+        edge: Edge,
+        head: int,
+        note: Note,
+        keys: Sequence[VerifierKey],
+    ) -> None:
+        """Raises Refused unless what the log has signed there is a beginning of the `head` events that are here; of the
+        tree of the first `size`, `edge` is known. InvalidNote where that log has not signed it."""
+        known = check_checkpoint(note, keys)
+        if known.size > head:
+            raise Refused(
+                f"history was rolled back: a checkpoint of {known.size} events was signed, and {head} are there",
+                contradicted_by=note,
+            )
+        if known.size <= size:
+            root = edge.root if known.size == size else await tree.root_of(connection, ledger_id, known.size)
+        else:
+            # The database lost that they were signed, not the events: as a standby that takes over may.
+            root = await tree.root_beyond(connection, ledger_id, edge, size, known.size)
+        if root != known.root:
+            raise Refused(
+                f"history was rolled back: the first {known.size} events are others than those that were signed",
+                contradicted_by=note,
+            )
+
+    def _last_signed(self, log_id: UUID) -> Note | None:
+        """What was last signed here. Raises Refused, InvalidNote."""
+        if log_id not in self._known:
             try:
-                content = self._keys.last_signed(ledger_id)
+                content = self._keys.last_signed(log_id)
             except OSError as error:
                 raise Refused(f"what was last signed here cannot be read: {error.strerror}") from error
             if content is None:
                 return None
-            self._known[ledger_id] = check_checkpoint(Note.parse(content), vkeys)
-        return self._known[ledger_id]
+            self._known[log_id] = Note.parse(content)
+        return self._known[log_id]
 
     # Signing
 
@@ -204,7 +248,7 @@ class Publisher:
             if not more:
                 break
         if row.signed is not None:
-            await self._keep(ledger_id, Note.parse(row.signed.encode()))
+            await self._keep(row.log_id, Note.parse(row.signed.encode()))
         return row
 
     async def _step(self, connection: Connection, ledger_id: UUID, row: _Row) -> tuple[_Row, bool]:
@@ -212,7 +256,7 @@ class Publisher:
         head = (await store.head(connection, ledger_id)).size
         keys = await tree.keys_of(connection, row.origin)
         edge = await self._recheck(connection, ledger_id, row, head, keys)
-        upto = min(head, row.size + STEP_LEAVES_MAX)
+        upto = min(head, row.size + LEAVES_AT_ONCE)
         signers = self._signers(keys)
         added = [key.number for key, _ in signers if key.number not in row.signed_by]
         if upto == row.size and not (added and upto):
@@ -250,14 +294,13 @@ class Publisher:
             raise missing
         return signers
 
-    async def _keep(self, ledger_id: UUID, note: Note) -> None:
+    async def _keep(self, log_id: UUID, note: Note) -> None:
         """Remember beside the key what was signed, before anybody sees it."""
-        checkpoint = Checkpoint.parse(note.text)
-        if self._known.get(ledger_id) == checkpoint:
+        if self._known.get(log_id) == note:
             return
-        self._known[ledger_id] = checkpoint
+        self._known[log_id] = note
         try:
-            await asyncio.to_thread(self._keys.keep_signed, ledger_id, note)
+            await asyncio.to_thread(self._keys.keep_signed, log_id, note)
             self.unkept = ""
         except OSError as error:
             # Keys may be where nothing can be written. Then only witnesses notice a database that was put back.
@@ -269,9 +312,9 @@ class Publisher:
         """Publish what is signed. Raises Refused, RolledBack."""
         assert row.signed is not None
         if row.is_published:
-            if row.refused is not None:
+            if row.refused is not None or row.contradicted_by is not None:
                 async with self._pool.connection() as connection:
-                    await connection.execute(SQL.refuse, {"ledger_id": ledger_id, "why": None})
+                    await connection.execute(SQL.go_on, {"ledger_id": ledger_id, "seen": row.contradicted_by})
             return
         with self.published.publishing():
             try:
@@ -279,11 +322,13 @@ class Publisher:
             except RolledBack as error:
                 await self._unless_overtaken(ledger_id, row.size, error)
                 return
-            values = {"ledger_id": ledger_id, "seen": row.published_size, "size": row.size, "published": str(note)}
+            values = {"ledger_id": ledger_id, "origin": row.origin, "seen": row.published_size, "size": row.size}
             # Dying before this leaves what is signed unpublished; whoever comes next shows the same to the witnesses,
             # who sign it again, and publishes it.
             async with self._pool.connection() as connection:
-                await connection.execute(SQL.publish, values)
+                await connection.execute(SQL.publish, {**values, "published": str(note)})
+                if row.contradicted_by is not None:
+                    await connection.execute(SQL.go_on, {"ledger_id": ledger_id, "seen": row.contradicted_by})
 
     async def _cosigned(self, ledger_id: UUID, note: Note) -> Note:
         """With the lines of enough witnesses. Raises Refused, RolledBack."""
@@ -294,7 +339,7 @@ class Publisher:
         cosigned = await self._cosigners.cosign(note, [key.vkey for key in keys], self._prove(ledger_id))
         self.silent = dict.fromkeys(self._names, "") | cosigned.missing
         if not cosigned.enough:
-            raise Refused(f"too few witnesses have signed it: {_reasons(cosigned.missing)}")
+            raise _too_few("have signed it", cosigned.missing)
         return cosigned.note
 
 
@@ -303,16 +348,24 @@ async def _read(connection: Connection, query: bytes, ledger_id: UUID) -> _Row |
     return _Row(*row) if row else None
 
 
-def _reasons(silent: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {why}" for name, why in sorted(silent.items()))
+def _too_few(have_not: str, silent: dict[str, str]) -> Refused:
+    why = "; ".join(f"{name}: {why}" for name, why in sorted(silent.items()))
+    return Refused(
+        f"too few witnesses {have_not}: {why}", said=f"too few witnesses {have_not}: not {', '.join(sorted(silent))}"
+    )
 
 
-def _shown(error: Exception) -> str:
-    """Why, for everybody: without what is of this machine or of the database, which the log has."""
-    if isinstance(error, UnusableKey):
-        return "no key that signs can be used where the worker runs; its log says more"
-    if isinstance(error, psycopg.Error):
-        return "the database does not take what is to be stored; the worker's log says more"
-    if isinstance(error, InvalidNote):
-        return f"what was signed cannot be verified: {error}"
-    return str(error)
+def _refusal(error: Exception) -> Refused:
+    said = ""
+    match error:
+        case Refused():
+            return error
+        case RolledBack():
+            return Refused(str(error), contradicted_by=error.shown)
+        case UnusableKey():
+            said = "no key that signs can be used where the worker runs; its log says more"
+        case psycopg.Error():
+            said = "the database does not take what is to be stored; the worker's log says more"
+        case InvalidNote():
+            said = "what was signed before cannot be verified; the worker's log says more"
+    return Refused(str(error), said=said)

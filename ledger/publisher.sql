@@ -1,31 +1,41 @@
 -- name: begin
 -- The log of a ledger, which has none yet.
 INSERT INTO ledger.logs (ledger_id, origin)
-SELECT %(ledger_id)s::uuid, d.name || '/' || %(ledger_id)s::uuid::text FROM muniment.deployment AS d
+SELECT l.ledger_id, d.name || '/' || coalesce(l.epoch, l.ledger_id)::text
+FROM ledger.ledgers AS l CROSS JOIN muniment.deployment AS d
+WHERE l.ledger_id = %(ledger_id)s
 ON CONFLICT DO NOTHING
 
 -- name: read
 -- What was signed and published of a ledger.
-SELECT origin, size, signed, signed_by, published_size, published, refused FROM ledger.logs
+SELECT origin, size, signed, signed_by, published_size, published, refused, contradicted_by FROM ledger.logs
 WHERE ledger_id = %(ledger_id)s
 
 -- name: lock
 -- The same, for as long as the transaction lasts; nothing where another publisher is at it. The lock is itself written
 -- to the server's log: where that has a synchronous standby, the commit waits for everything before it to be there.
-SELECT origin, size, signed, signed_by, published_size, published, refused FROM ledger.logs
+SELECT origin, size, signed, signed_by, published_size, published, refused, contradicted_by FROM ledger.logs
 WHERE ledger_id = %(ledger_id)s FOR UPDATE SKIP LOCKED
 
 -- name: sign
 UPDATE ledger.logs SET size = %(size)s, signed = %(signed)s, signed_by = %(signed_by)s WHERE ledger_id = %(ledger_id)s
 
 -- name: publish
--- Unless another publisher was faster.
+-- Unless another publisher was faster, or the log is another one by now.
 UPDATE ledger.logs
 SET published_size = %(size)s, published = %(published)s, published_at = clock_timestamp(), refused = NULL
-WHERE ledger_id = %(ledger_id)s AND published_size = %(seen)s
+WHERE ledger_id = %(ledger_id)s AND origin = %(origin)s AND published_size = %(seen)s
 
 -- name: refuse
-UPDATE ledger.logs SET refused = %(why)s WHERE ledger_id = %(ledger_id)s AND refused IS DISTINCT FROM %(why)s
+-- What contradicts the ledger is kept until it is judged, or the ledger is adopted.
+UPDATE ledger.logs SET refused = %(why)s, contradicted_by = coalesce(contradicted_by, %(note)s)
+WHERE ledger_id = %(ledger_id)s
+    AND (refused IS DISTINCT FROM %(why)s OR contradicted_by IS NULL AND %(note)s::text IS NOT NULL)
+
+-- name: go_on
+-- Nothing contradicts it: not what was said to.
+UPDATE ledger.logs SET refused = NULL, contradicted_by = NULL
+WHERE ledger_id = %(ledger_id)s AND contradicted_by IS NOT DISTINCT FROM %(seen)s
 
 -- name: behind
 -- The ledgers of which not all that is there is published, or not under a key that signs by now; and where it was

@@ -27,6 +27,9 @@ class World(Protocol):
     project_id: str
     """Whose ledger this is."""
 
+    epoch: UUID
+    """What that is called now (adoption.py)."""
+
     @property
     def now(self) -> Stamp:
         """The recorded_at of what is decided now: never decreasing within a ledger."""

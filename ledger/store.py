@@ -5,14 +5,11 @@ decided on and holds the ledger's row to commit: a rollback gives its positions 
 before 7. Rules and caches are not here; whoever appends has decided already.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
-import psycopg
 from msgspec import Struct, field
 from uuid_utils.compat import uuid7
 
@@ -23,7 +20,6 @@ from ledger.postgres import (
     bigint,
     bigints,
     byteas,
-    is_pooled,
     queries,
     smallints,
     texts,
@@ -33,37 +29,35 @@ from ledger.postgres import (
     uuids,
 )
 
-LISTEN_AGAIN_SECONDS = 1.0
-"""How soon to listen again when the connection was lost."""
-
 SQL = queries("ledger", "store")
 _append = Statement("append", SQL.append)
 _queue_tasks = Statement("append_tasks", SQL.append_tasks)
 _close_tasks = Statement("close_tasks", SQL.close_tasks)
-_announce = Statement("announce", SQL.announce)
 _head = Statement("head", SQL.head)
 _lock = Statement("lock", SQL.lock)
-_news = Statement("news", SQL.news)
-_changed_streams = Statement("changed_streams", SQL.changed_streams)
+_changes = Statement("changes", SQL.changes)
 _find_commands = Statement("find_commands", SQL.find_commands)
 _offers = Statement("offers", SQL.offers)
 _leases = Statement("leases", SQL.leases)
 
 
 class Ledger(NamedTuple):
-    """A project's ledger and where it stands."""
+    """A project's ledger and where it stands. `epoch` is what it is called outside: SPEC's `ledger_id`, which is
+    another one once it was adopted (adoption.py), while `ledger_id` is for ever."""
 
     ledger_id: UUID
     is_foreign: bool
     size: int
     last_recorded_at: datetime
+    epoch: UUID
 
 
 class Head(NamedTuple):
-    """Where a ledger stands: the position of its last event, and the time of it."""
+    """Where a ledger stands: the position of its last event, the time of it, and what the ledger is called by then."""
 
     size: int
     last_recorded_at: datetime
+    epoch: UUID
 
 
 class Stored(NamedTuple):
@@ -83,7 +77,8 @@ class Locked(NamedTuple):
     """What a ledger is when it has just been locked. See `lock`."""
 
     head: Head
-    changed: list[UUID]
+    leaf: bytes | None
+    changed: list[UUID] | None
     commands: dict[tuple[str, str], "CommandRow"]
 
 
@@ -158,10 +153,13 @@ class DueTask(NamedTuple):
 
 
 class Append(Struct, kw_only=True):
-    """One batch as rows: decided on a ledger of `seen` events, all of it or nothing."""
+    """One batch as rows: decided on a ledger of `seen` events, all of it or nothing. `leaf` is that of the last
+    of them, where it is known; `epoch`, where the batch begins one."""
 
     ledger_id: UUID
     seen: int
+    leaf: bytes | None = None
+    epoch: UUID | None = None
     recorded_at: datetime
     events: list[EventRow] = field(default_factory=list)
     commands: list[CommandRow] = field(default_factory=list)
@@ -192,12 +190,18 @@ async def head(connection: Connection, ledger_id: UUID) -> Head:
 
 
 async def lock(
-    connection: Connection, ledger_id: UUID, seen: int, changed_max: int, keys: Sequence[tuple[str, str]]
+    connection: Connection,
+    ledger_id: UUID,
+    seen: int,
+    leaf: bytes | None,
+    changed_max: int,
+    keys: Sequence[tuple[str, str]],
 ) -> Locked:
     """Lock the ledger until the transaction ends: nobody else appends; and tell what one must know then.
 
-    That is where it stands, the streams that changed after position `seen` (looking at `changed_max` events;
-    none if `seen` is negative), and which of the commands `keys` were answered. Each statement sees what was
+    That is where it stands, the leaf there, the streams that changed after position `seen` (looking at `changed_max`
+    events), and which of the commands `keys` were answered. None instead of streams where the event at `seen` is not
+    the one whose leaf is `leaf`: it is another history, of a database that was put back. Each statement sees what was
     committed before it, so those after the lock see everything.
 
     No pipeline: psycopg ends one with a Flush, after which the server counts no idle time, and a process that
@@ -205,11 +209,15 @@ async def lock(
     """
     (row,) = await _lock.fetch(connection, {"ledger_id": uuid(ledger_id)})
     head = Head(*row)
-    changed: list[UUID] = []
-    if 0 <= seen < head.size:
-        values = {"ledger_id": uuid(ledger_id), "after": bigint(seen), "limit": bigint(changed_max)}
-        changed = [stream for (stream,) in await _changed_streams.fetch(connection, values)]
-    return Locked(head, changed, await find_commands(connection, ledger_id, keys))
+    values = {
+        "ledger_id": uuid(ledger_id),
+        "size": bigint(head.size),
+        "after": bigint(seen),
+        "limit": bigint(changed_max if 0 <= seen < head.size else 0),
+    }
+    ((last, there, changed),) = await _changes.fetch(connection, values)
+    commands = await find_commands(connection, ledger_id, keys)
+    return Locked(head, last, changed if there == leaf else None, commands)
 
 
 async def append(connection: Connection, batch: Append) -> bool:
@@ -220,7 +228,7 @@ async def append(connection: Connection, batch: Append) -> bool:
     stream id was believed new and is not.
     """
     beside = [(batch.seen + i, e.payload) for i, e in enumerate(batch.events, 1) if e.payload is not None]
-    if not (beside or batch.opened or batch.closed or batch.tasks):
+    if not (beside or batch.opened or batch.closed or batch.tasks or batch.epoch):
         return await _append_rows(connection, batch)
     async with connection.transaction():
         if not await _append_rows(connection, batch):
@@ -231,6 +239,10 @@ async def append(connection: Connection, batch: Append) -> bool:
             await connection.execute(SQL.append_payloads, rows)
         await _append_open_items(connection, batch)
         await _append_tasks(connection, batch)
+        if batch.epoch is not None:
+            values = {"ledger_id": batch.ledger_id, "epoch": batch.epoch}
+            await connection.execute(SQL.adopt, values)
+            await connection.execute(SQL.begin_log, values)
     return True
 
 
@@ -243,6 +255,7 @@ async def _append_rows(connection: Connection, batch: Append) -> bool:
         {
             "ledger_id": uuid(batch.ledger_id),
             "seen": bigint(batch.seen),
+            "leaf": batch.leaf,
             "recorded_at": timestamptz(batch.recorded_at),
             "event_count": bigint(len(batch.events)),
             "streams": uuids(streams),
@@ -338,50 +351,6 @@ async def due_tasks(connection: Connection, limit: int) -> list[DueTask]:
     """Up to `limit` of each kind, of any project, the longest overdue first."""
     cursor = await connection.execute(SQL.due_tasks, {"limit": limit}, prepare=True)
     return [DueTask(*row) for row in await cursor.fetchall()]
-
-
-async def announce(connection: Connection, ledger_ids: Iterable[UUID]) -> None:
-    """Tell whoever listens that these ledgers grew."""
-    await _announce.run(connection, {"ledger_ids": ",".join(map(str, ledger_ids)).encode()})
-
-
-async def announced(conninfo: str) -> AsyncGenerator[UUID | None]:
-    """The ledgers that are announced from now on; None where some may have been missed, at first too.
-
-    For ever, but behind a pooler: there it ends, and nothing is heard. A LISTEN would stay on a connection that others
-    are given next, who would be told instead.
-    """
-    while True:
-        with suppress(psycopg.Error):
-            async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as connection:
-                if await is_pooled(connection):
-                    return
-                await connection.execute("LISTEN ledger")
-                yield None
-                async for notify in connection.notifies():
-                    for ledger_id in notify.payload.split(","):
-                        with suppress(ValueError):
-                            yield UUID(ledger_id)
-        await asyncio.sleep(LISTEN_AGAIN_SECONDS)
-
-
-class News(NamedTuple):
-    """What came after a position: the size it goes up to, which streams of those asked about grew, and whether there
-    is work to offer."""
-
-    size: int
-    streams: list[UUID]
-    work: bool
-
-
-async def read_news(connection: Connection, ledger_id: UUID, after: int | None, stream_ids: Iterable[UUID]) -> News:
-    """What came after position `after`, or lately; of very much, the last part."""
-    values = {
-        "ledger_id": uuid(ledger_id),
-        "after": None if after is None else bigint(after),
-        "stream_ids": uuids(stream_ids),
-    }
-    return News(*(await _news.fetch(connection, values))[0])
 
 
 async def read_streams(

@@ -5,7 +5,8 @@ ON CONFLICT (project_id) DO NOTHING
 
 -- name: find_ledger
 -- The ledger of a project and where it stands.
-SELECT ledger_id, is_foreign, size, last_recorded_at FROM ledger.ledgers WHERE project_id = %(project_id)s
+SELECT ledger_id, is_foreign, size, last_recorded_at, coalesce(epoch, ledger_id) FROM ledger.ledgers
+WHERE project_id = %(project_id)s
 
 -- name: list_ledgers
 -- Every ledger and where it stands: what a projector compares its own positions with.
@@ -13,20 +14,26 @@ SELECT ledger_id, project_id, is_foreign, size, created_at FROM ledger.ledgers O
 
 -- name: head
 -- Where a ledger stands.
-SELECT size, last_recorded_at FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid
+SELECT size, last_recorded_at, coalesce(epoch, ledger_id) FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid
 
 -- name: lock
 -- The same, and nobody else appends until this transaction ends. It writes a row lock to the log, so on a
 -- server with a synchronous standby its commit waits for everything before it to be there as well.
-SELECT size, last_recorded_at FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid FOR UPDATE
+SELECT size, last_recorded_at, coalesce(epoch, ledger_id) FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid
+FOR UPDATE
 
 -- name: append
 -- The one write. The ledger's row is updated only if it still has the size that the batch was decided on;
 -- everything else follows from that row, so on a miss nothing at all is written. READ COMMITTED re-reads
--- only the locked row after a wait: that is why the size is the test and not an index.
+-- only the locked row after a wait: that is why the size is the test and not an index. The leaf tells a history of that
+-- size from another one, in a database that was put back to an older state meanwhile and has grown again.
 WITH head AS (
     UPDATE ledger.ledgers SET size = size + %(event_count)s::bigint, last_recorded_at = %(recorded_at)s::timestamptz
     WHERE ledger_id = %(ledger_id)s::uuid AND size = %(seen)s::bigint AND last_recorded_at <= %(recorded_at)s::timestamptz
+        AND (%(leaf)s::bytea IS NULL OR EXISTS (
+            SELECT FROM ledger.events
+            WHERE ledger_id = %(ledger_id)s::uuid AND position = %(seen)s::bigint AND leaf = %(leaf)s::bytea
+        ))
     RETURNING ledger_id
 ), written AS (
     INSERT INTO ledger.events (ledger_id, position, stream_id, stream_version, type, entry, leaf)
@@ -163,28 +170,29 @@ WHERE e.ledger_id = %(ledger_id)s AND e.position > %(after)s
 ORDER BY e.position
 LIMIT %(limit)s
 
--- name: changed_streams
--- The streams of the first events after a position.
-SELECT DISTINCT stream_id
-FROM (
-    SELECT stream_id FROM ledger.events WHERE ledger_id = %(ledger_id)s::uuid AND position > %(after)s::bigint
-    ORDER BY position LIMIT %(limit)s::bigint
-) AS later
+-- name: adopt
+-- Another epoch, and with it another log, over what is there. Only where the log before was contradicted.
+UPDATE ledger.ledgers SET epoch = %(epoch)s WHERE ledger_id = %(ledger_id)s
 
--- name: news
--- What came after a position, for those who wait: which of these streams grew, and whether there is work to offer.
--- Of very many events the last 10,000, by a scan of the primary key.
-WITH later AS MATERIALIZED (
-    SELECT e.stream_id, e.type FROM ledger.events AS e
-    WHERE e.ledger_id = %(ledger_id)s::uuid
-      AND e.position > COALESCE(%(after)s::bigint, (SELECT size - 1000 FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid))
-    ORDER BY e.position DESC LIMIT 10000
-)
-SELECT size,
-       ARRAY(SELECT DISTINCT stream_id FROM later WHERE stream_id = ANY(%(stream_ids)s::uuid[])),
-       EXISTS (SELECT FROM later WHERE type IN ('TaskSubmitted', 'TaskQueued', 'TaskResumed', 'TaskRedriven'))
-FROM ledger.ledgers
-WHERE ledger_id = %(ledger_id)s::uuid
+-- name: begin_log
+-- After that: it is the next statement, for the log's own rule looks at what the ledger is called by now.
+UPDATE ledger.logs SET
+    origin = (SELECT name FROM muniment.deployment) || '/' || %(epoch)s::uuid::text, signed = NULL, signed_by = '{}',
+    published_size = 0, published = NULL, published_at = NULL, contradicted_by = NULL, refused = NULL
+WHERE ledger_id = %(ledger_id)s AND contradicted_by IS NOT NULL
+
+-- name: changes
+-- The leaf at the end of a ledger of a size, the one at a position, and the streams of the first events after that.
+SELECT
+    (SELECT leaf FROM ledger.events WHERE ledger_id = %(ledger_id)s::uuid AND position = %(size)s::bigint),
+    (SELECT leaf FROM ledger.events WHERE ledger_id = %(ledger_id)s::uuid AND position = %(after)s::bigint),
+    ARRAY(
+        SELECT DISTINCT stream_id
+        FROM (
+            SELECT stream_id FROM ledger.events WHERE ledger_id = %(ledger_id)s::uuid AND position > %(after)s::bigint
+            ORDER BY position LIMIT %(limit)s::bigint
+        ) AS later
+    )
 
 -- name: read_positions
 -- The events at these positions.
@@ -200,8 +208,3 @@ SELECT c.principal, c.command_id, c.fingerprint, c.type, c.target, c.status, c.f
 FROM unnest(%(principals)s::text[], %(command_ids)s::text[]) AS k (principal, command_id)
 JOIN ledger.commands AS c
     ON c.ledger_id = %(ledger_id)s::uuid AND c.principal = k.principal AND c.command_id = k.command_id
-
--- name: announce
--- Tell whoever listens that ledgers grew. Sent on its own and seldom: a NOTIFY inside the append would put
--- every commit of the server in one queue. It need not be durable.
-SELECT set_config('synchronous_commit', 'off', true), pg_notify('ledger', %(ledger_ids)s::text)

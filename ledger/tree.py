@@ -30,6 +30,9 @@ from ledger.merkle import (
 from ledger.postgres import Connection, Statement, bigint, bigints, byteas, queries, uuid
 from ledger.values import Stamp, stamp
 
+LEAVES_AT_ONCE = 16 * TILE_HASHES
+"""So many are hashed at once: 10 ms, for which the other jobs of the process wait."""
+
 SQL = queries("ledger", "tree")
 _leaves = Statement("leaves", SQL.leaves)
 _tiles = Statement("tiles", SQL.tiles)
@@ -182,6 +185,16 @@ async def root_of(connection: Connection, ledger_id: UUID, size: int) -> bytes:
     """The root of the tree over the first `size` leaves, from what is stored. Raises Damaged."""
     (root,) = await _hashes_of(connection, ledger_id, [Run(0, size)], size)
     return root
+
+
+async def root_beyond(connection: Connection, ledger_id: UUID, edge: Edge, size: int, grown: int) -> bytes:
+    """The root of the tree over the first `grown` leaves, of which it is stored over the first `size`, whose edge is
+    `edge`: from the leaves themselves. Raises Damaged."""
+    edge = Edge(edge.levels)
+    for first in range(size, grown, LEAVES_AT_ONCE):
+        (leaves,) = await read_leaves(connection, ledger_id, [Run(first, min(first + LEAVES_AT_ONCE, grown))])
+        edge.extend(_parted(leaves))
+    return edge.root
 
 
 async def read_edge(connection: Connection, ledger_id: UUID, size: int) -> Edge:

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import psycopg
 from psycopg_pool import PoolTimeout
 
-from ledger import store
+from ledger import news
 from ledger.postgres import Pool
 from ledger.store import Append
 
@@ -62,7 +62,7 @@ class Watch:
         between."""
         async with asyncio.TaskGroup() as jobs:
             jobs.create_task(self._look_for_ever())
-            async for ledger_id in store.announced(conninfo):
+            async for ledger_id in news.announced(conninfo):
                 if ledger_id is not None:
                     self._grown.add(ledger_id)
                     self._heard.set()
@@ -81,7 +81,7 @@ class Watch:
             ledger_ids, self._appended = self._appended, set()
             with suppress(psycopg.Error, PoolTimeout):  # only a hint is lost
                 async with self._pool.connection() as connection:
-                    await store.announce(connection, ledger_ids)
+                    await news.announce(connection, ledger_ids)
             await asyncio.sleep(ANNOUNCE_SECONDS)
 
     async def _look_for_ever(self) -> None:
@@ -96,9 +96,9 @@ class Watch:
 
     async def _look(self, ledger_id: UUID) -> None:
         async with self._pool.connection() as connection:
-            news = await store.read_news(connection, ledger_id, self._seen.get(ledger_id), set(self._awaited))
-        self._seen[ledger_id] = news.size
-        for stream_id in news.streams:
+            found = await news.read_news(connection, ledger_id, self._seen.get(ledger_id), set(self._awaited))
+        self._seen[ledger_id] = found.size
+        for stream_id in found.streams:
             self._wake(stream_id)
-        if news.work:
+        if found.work:
             self._wake(ledger_id)

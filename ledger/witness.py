@@ -39,6 +39,8 @@ ASK_SECONDS = 5.0
 """How long the quorum is waited for."""
 GRACE_SECONDS = 0.3
 """How long the others are waited for once there is a quorum."""
+SILENT_SECONDS = 60.0
+"""How long one that did not answer in time is waited for no longer than that, when it is only asked what it knows."""
 ATTEMPTS = 3
 ANSWER_BYTES_MAX = 256 * 1024
 
@@ -100,6 +102,7 @@ class Cosigners:
         self._http = http
         self._witnesses = witnesses
         self._sizes: dict[tuple[VerifierKey, str], int] = {}
+        self._silent_until: dict[VerifierKey, float] = {}
 
     async def cosign(self, note: Note, keys: Collection[VerifierKey], prove: Prove) -> Cosigned:
         """Have a checkpoint signed that the log has signed, and durably stored as signed: all witnesses are asked at
@@ -120,17 +123,26 @@ class Cosigners:
                     raise why
         return Cosigned(Note(note.text, (*note.signatures, *lines)), missing, len(lines) >= self._witnesses.quorum)
 
-    async def check(self, checkpoint: Checkpoint, keys: Collection[VerifierKey], prove: Prove) -> dict[str, str]:
-        """Whether what each witness cosigned last is a beginning of the tree of this checkpoint, before more is signed.
+    async def check(
+        self, checkpoint: Checkpoint, note: Note | None, keys: Collection[VerifierKey], prove: Prove
+    ) -> dict[str, str]:
+        """Whether what each witness cosigned last is a beginning of the tree of this checkpoint, before more is signed;
+        `note` is the checkpoint as it was signed, if it was.
 
         Answers of each that could not say why. Raises RolledBack, and what `prove` raises.
         """
+        now = asyncio.get_running_loop().time
 
         async def confront(witness: Witness) -> str | None:
+            # One that is down must not hold up each of very many logs.
+            patience = GRACE_SECONDS if self._silent_until.get(witness.key, 0.0) > now() else ASK_SECONDS
             try:
-                async with asyncio.timeout(ASK_SECONDS):
-                    await self._confront(witness, checkpoint, keys, prove)
+                async with asyncio.timeout(patience):
+                    if not await self._confront(witness, checkpoint, keys, prove) and note is not None:
+                        # It may be one that shows nothing, and may yet know more than we do.
+                        await self._ask(witness, note, keys, prove)
             except TimeoutError:
+                self._silent_until[witness.key] = now() + SILENT_SECONDS
                 return "it did not answer in time"
             except _NoLine as why:
                 return str(why)
@@ -184,13 +196,13 @@ class Cosigners:
 
     async def _confront(
         self, witness: Witness, checkpoint: Checkpoint, keys: Collection[VerifierKey], prove: Prove
-    ) -> None:
-        """Compare what it shows. Raises RolledBack where that is no beginning of ours, _NoLine where it shows nothing
-        that can be compared."""
+    ) -> bool:
+        """Compare what it shows; False where it shows nothing. Raises RolledBack where that is no beginning of ours,
+        _NoLine where it cannot be compared."""
         path = sha256(checkpoint.origin.encode()).hexdigest()
         status, answer = await self._exchange("GET", f"{witness.url}/{path}/checkpoint")
         if status == httpx.codes.NOT_FOUND:
-            return
+            return False
         if status != httpx.codes.OK:
             raise _NoLine(f"it answered {status} when asked what it cosigned last: {_shortened(answer)}")
         try:
@@ -207,6 +219,7 @@ class Cosigners:
             raise RolledBack(
                 witness.key.name, shown.size, note, f"the leaves up to there are others: {error}"
             ) from None
+        return True
 
     async def _exchange(self, method: str, url: str, content: bytes | None = None) -> tuple[int, bytes]:
         """Status and body. Asks again where the connection that was kept open is open no longer. Raises _NoLine."""

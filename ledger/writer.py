@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from contextvars import Context
 from uuid import UUID
 
@@ -151,6 +152,12 @@ class Writer:
             if isinstance(pending.command, EraseSubject):
                 break  # what comes after it is sealed under a key that is not made yet
         return batch
+
+    async def look(self) -> None:
+        """Know what the ledger is called by now."""
+        with suppress(*TROUBLE, PoolTimeout):
+            async with self._pool.connection() as connection:
+                self.ledger = self.ledger._replace(epoch=(await store.head(connection, self.ledger_id)).epoch)
 
     # The optimistic path
 
@@ -301,9 +308,11 @@ class Writer:
                 await self._clock.measure(connection)
             async with connection.transaction():
                 keys = [pending.key for pending in batch]
-                locked = await store.lock(connection, self.ledger_id, self._memory.size, TAIL_EVENTS_MAX, keys)
+                seen, leaf = self._memory.size, self._memory.leaf
+                locked = await store.lock(connection, self.ledger_id, seen, leaf, TAIL_EVENTS_MAX, keys)
                 await self._give_up_keys(connection, locked)
                 alone = self._memory.catch_up(locked, self._clock.now().timestamp())
+                self.ledger = self.ledger._replace(epoch=self._memory.epoch)
                 self._alone_batches = self._alone_batches + 1 if alone else 0
                 fresh = [pending for pending in batch if pending.key not in locked.commands]
                 flight = await self._decide(connection, self._memory, None, fresh)
@@ -320,7 +329,7 @@ class Writer:
         """Seal nothing more under keys of subjects that another process erased since: what comes after an erasure is
         not of it."""
         project_id, seen = self._memory.project_id, self._memory.size
-        if seen < 0 or locked.head.size - seen > TAIL_EVENTS_MAX:
+        if seen < 0 or locked.changed is None or locked.head.size - seen > TAIL_EVENTS_MAX:
             self._vault.give_up_all(project_id)
         elif changed := [stream_id for stream_id in locked.changed if may_be_of_a_subject(stream_id)]:
             erasures = fold_all(await store.read_streams(connection, self.ledger_id, changed))

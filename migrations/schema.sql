@@ -39,9 +39,19 @@ CREATE FUNCTION ledger.keep_log() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
 BEGIN
+    IF NEW.origin <> OLD.origin AND NEW.ledger_id = OLD.ledger_id AND NEW.size = OLD.size
+        AND NEW.signed IS NULL AND NEW.published IS NULL AND OLD.contradicted_by IS NOT NULL
+        AND EXISTS (
+            SELECT FROM ledger.ledgers AS l CROSS JOIN muniment.deployment AS d
+            WHERE l.ledger_id = NEW.ledger_id AND NEW.origin = d.name || '/' || l.epoch::text
+        )
+    THEN
+        RETURN NEW;  -- another log: what the one before has signed is named by the ledger itself
+    END IF;
     IF (NEW.ledger_id, NEW.origin) <> (OLD.ledger_id, OLD.origin)
         OR NEW.size < OLD.size
         OR NEW.published_size < OLD.published_size
+        OR OLD.signed IS NOT NULL AND NEW.signed IS NULL
         OR NEW.size = OLD.size AND split_part(NEW.signed, E'\n\n', 1) <> split_part(OLD.signed, E'\n\n', 1)
         OR NEW.published_size = OLD.published_size
         AND split_part(NEW.published, E'\n\n', 1) <> split_part(OLD.published, E'\n\n', 1)
@@ -223,11 +233,14 @@ CREATE TABLE ledger.ledgers (
     size bigint DEFAULT 0 NOT NULL,
     last_recorded_at timestamp with time zone DEFAULT '0001-01-01 00:00:00+00'::timestamp with time zone NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    epoch uuid,
     CONSTRAINT ledgers_size_check CHECK ((size >= 0))
 )
 WITH (fillfactor='10', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_scale_factor='0');
 
 COMMENT ON COLUMN ledger.ledgers.is_foreign IS 'Written through the eventsourcing library: its events are opaque to Muniment, whose API never writes there.';
+
+COMMENT ON COLUMN ledger.ledgers.epoch IS 'The id by which the ledger is known outside, and its log, since it was adopted; null: as ledger_id, which is for here.';
 
 CREATE TABLE ledger.log_keys (
     number bigint NOT NULL,
@@ -249,13 +262,16 @@ CREATE TABLE ledger.logs (
     published text,
     published_at timestamp with time zone,
     refused text,
+    contradicted_by text,
     CONSTRAINT logs_check CHECK (((published_size >= 0) AND (published_size <= size))),
-    CONSTRAINT logs_check1 CHECK (((size > 0) = (signed IS NOT NULL))),
+    CONSTRAINT logs_check1 CHECK (((size > 0) OR (signed IS NULL))),
     CONSTRAINT logs_check2 CHECK (((published_size > 0) = ((published IS NOT NULL) AND (published_at IS NOT NULL))))
 )
 WITH (fillfactor='50', autovacuum_vacuum_threshold='1000', autovacuum_vacuum_scale_factor='0');
 
 COMMENT ON COLUMN ledger.logs.signed IS 'C2SP signed-note: a checkpoint with the signatures of this log alone, by the keys numbered in signed_by.';
+
+COMMENT ON COLUMN ledger.logs.contradicted_by IS 'A note that this log has signed, and that is no beginning of the ledger as it is: nothing more is signed.';
 
 CREATE TABLE ledger.open_items (
     ledger_id uuid NOT NULL,
@@ -700,6 +716,8 @@ GRANT UPDATE(size) ON TABLE ledger.ledgers TO muniment_api;
 
 GRANT UPDATE(last_recorded_at) ON TABLE ledger.ledgers TO muniment_api;
 
+GRANT UPDATE(epoch) ON TABLE ledger.ledgers TO muniment_worker;
+
 GRANT SELECT ON TABLE ledger.log_keys TO muniment_api;
 GRANT INSERT ON TABLE ledger.log_keys TO muniment_worker;
 
@@ -707,6 +725,8 @@ GRANT UPDATE(retired_at) ON TABLE ledger.log_keys TO muniment_worker;
 
 GRANT SELECT ON TABLE ledger.logs TO muniment_api;
 GRANT INSERT ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(origin) ON TABLE ledger.logs TO muniment_worker;
 
 GRANT UPDATE(size) ON TABLE ledger.logs TO muniment_worker;
 
@@ -721,6 +741,8 @@ GRANT UPDATE(published) ON TABLE ledger.logs TO muniment_worker;
 GRANT UPDATE(published_at) ON TABLE ledger.logs TO muniment_worker;
 
 GRANT UPDATE(refused) ON TABLE ledger.logs TO muniment_worker;
+
+GRANT UPDATE(contradicted_by) ON TABLE ledger.logs TO muniment_worker;
 
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE ledger.open_items TO muniment_api;
 

@@ -64,9 +64,9 @@ class Desk:
         receipt = await self.give(command)
         return receipt.state.asking(command), receipt.event_count > 0
 
-    async def give(self, command: Command) -> Receipt:
-        """Give a command to the operators' ledger. Raises DeskError where it is refused."""
-        receipt = await self._committer.submit(OPERATORS, command, self._actor)
+    async def give(self, command: Command, project: str = OPERATORS) -> Receipt:
+        """Give a command to the operators' ledger, or to that of a project. Raises DeskError where it is refused."""
+        receipt = await self._committer.submit(project, command, self._actor)
         if receipt.refusal is not None:
             raise DeskError(str(receipt.refusal))
         return receipt

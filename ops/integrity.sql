@@ -2,7 +2,8 @@
 -- Every ledger, and where its last event really stands; one statement, so that both are of one moment.
 SELECT
     l.ledger_id, l.project_id, l.is_foreign, l.size, l.last_recorded_at,
-    coalesce((SELECT max(e.position) FROM ledger.events AS e WHERE e.ledger_id = l.ledger_id), 0)
+    coalesce((SELECT max(e.position) FROM ledger.events AS e WHERE e.ledger_id = l.ledger_id), 0),
+    coalesce(l.epoch, l.ledger_id)
 FROM ledger.ledgers AS l
 ORDER BY l.project_id
 

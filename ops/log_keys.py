@@ -39,7 +39,7 @@ async def list_keys(*, project: str | None = None) -> None:
             ledger = await store.find_ledger(connection, project)
             if ledger is None:
                 raise DeskError(f"there is no project {project!r} yet")
-            origin = f"{await store.deployment(connection)}/{ledger.ledger_id}"
+            origin = f"{await store.deployment(connection)}/{ledger.epoch}"
         found = await tree.keys_of(connection, origin)
     for key in found:
         shown = str(key.vkey) if project is not None else key.vkey.public.hex()

@@ -10,7 +10,7 @@ import logging
 from contextlib import suppress
 from uuid import UUID
 
-from ledger import store, tree
+from ledger import news, tree
 from ledger.postgres import Connection, Pool
 from ledger.project_key import UnusableKey
 from ledger.publisher import SQL, Publisher, Refused
@@ -69,7 +69,7 @@ class Publishing:
             self._waiting.put_nowait(ledger_id)
 
     async def _listen(self, conninfo: str) -> None:
-        async for ledger_id in store.announced(conninfo):
+        async for ledger_id in news.announced(conninfo):
             if ledger_id is None:
                 self._anew()
             else:

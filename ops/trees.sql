@@ -2,7 +2,7 @@
 
 -- name: logs
 -- Every log, with the ledger that it is of, and the name that it should have.
-SELECT g.ledger_id, l.project_id, l.size, d.name || '/' || g.ledger_id::text, g.origin, g.size, g.signed, g.published_size,
+SELECT g.ledger_id, l.project_id, l.size, d.name || '/' || coalesce(l.epoch, g.ledger_id)::text, g.origin, g.size, g.signed, g.published_size,
     g.published
 FROM ledger.logs AS g
 CROSS JOIN muniment.deployment AS d

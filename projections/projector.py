@@ -21,7 +21,7 @@ import psycopg
 from msgspec import Struct
 from psycopg_pool import PoolTimeout
 
-from ledger import store
+from ledger import news
 from ledger.entry import Recorded
 from ledger.postgres import Connection, Pool, Statement, bigint, bigints, queries, texts, uuid
 from ledger.store import Stored
@@ -178,7 +178,7 @@ class Projector:
             self._waiting.put_nowait(ledger_id)
 
     async def _listen(self, conninfo: str) -> None:
-        async for ledger_id in store.announced(conninfo):
+        async for ledger_id in news.announced(conninfo):
             if ledger_id is None:
                 self._look.set()  # what was announced while nobody listened
             else:

@@ -67,7 +67,7 @@ async def project(
     connection: Connection, ledger_id: UUID, batch: Sequence[Recorded], memory: Memory
 ) -> dict[str, bytes]:
     """What brings the view from just before `batch` to just after it: the values of WRITE."""
-    firsts, times, terms = pack(batch, _terms)
+    firsts, times, terms = pack(ledger_id, batch, _terms)
     return {"record_firsts": firsts, "record_times": times, "record_terms": terms}
 
 

@@ -31,7 +31,7 @@ class Definition(NamedTuple):
 
     tables: tuple[Table, ...]
     stream_type: str | None
-    rows: Callable[[int, Any], dict[str, list[Row]]]
+    rows: Callable[[UUID, int, Any], dict[str, list[Row]]]
 
 
 def _column(text: str | None) -> str | None:
@@ -67,7 +67,7 @@ def _spans(position: int, stream_id: UUID, course: Course) -> list[Row]:
     ]
 
 
-def _session_rows(position: int, course: Course) -> dict[str, list[Row]]:
+def _session_rows(_: UUID, position: int, course: Course) -> dict[str, list[Row]]:
     s, role = course.state, _column(course.state.agent_role)
     labels = {(_column(key), _column(value)) for key, value in s.labels.items()}
     return {
@@ -77,7 +77,7 @@ def _session_rows(position: int, course: Course) -> dict[str, list[Row]]:
     }
 
 
-def _task_rows(position: int, course: Course) -> dict[str, list[Row]]:
+def _task_rows(_: UUID, position: int, course: Course) -> dict[str, list[Row]]:
     t = course.state
     row = (
         *(t.task_id, position, t.submitted_at, _column(t.kind), t.state, course.since, t.session_id),
@@ -86,7 +86,7 @@ def _task_rows(position: int, course: Course) -> dict[str, list[Row]]:
     return {"tasks": [row], "spans": _spans(position, t.task_id, course)}
 
 
-def _approval_rows(position: int, course: Course) -> dict[str, list[Row]]:
+def _approval_rows(_: UUID, position: int, course: Course) -> dict[str, list[Row]]:
     a, due = course.state, approval.next_due(course.state)
     row = (
         *(a.approval_id, position, a.state, course.since, a.session_id, a.task_id, _column(a.action["tool"])),
@@ -97,11 +97,11 @@ def _approval_rows(position: int, course: Course) -> dict[str, list[Row]]:
     return {"approvals": [row], "spans": _spans(position, a.approval_id, course)}
 
 
-def _audit_rows(position: int, event: Event[Any]) -> dict[str, list[Row]]:
-    return _indexed(position, event, {*event_words(event), *event_terms(event), *place_terms(event)})
+def _audit_rows(ledger_id: UUID, position: int, event: Event[Any]) -> dict[str, list[Row]]:
+    return _indexed(ledger_id, position, event, {*event_words(event), *event_terms(event), *place_terms(event)})
 
 
-def _record_rows(position: int, event: Event[Any]) -> dict[str, list[Row]]:
+def _record_rows(ledger_id: UUID, position: int, event: Event[Any]) -> dict[str, list[Row]]:
     fact = event.data
     if not isinstance(fact, FactRecorded):
         return {}
@@ -110,11 +110,11 @@ def _record_rows(position: int, event: Event[Any]) -> dict[str, list[Row]]:
     terms = {*event_terms(event), common_term("kind", fact.kind)}
     terms |= {term(kind, value) for kind, value in named.items() if value is not None}
     terms |= {id_term(kind, value) for kind, value in ids.items() if value is not None}
-    return _indexed(position, event, terms)
+    return _indexed(ledger_id, position, event, terms)
 
 
-def _indexed(position: int, event: Event[Any], terms: set[bytes]) -> dict[str, list[Row]]:
-    ledger = f"^{event.ledger.hex[-12:]}"
+def _indexed(ledger_id: UUID, position: int, event: Event[Any], terms: set[bytes]) -> dict[str, list[Row]]:
+    ledger = f"^{ledger_id.hex[-12:]}"
     spans = [ledger, *(f"{ledger}{bits}/{position >> bits:x}" for bits in SPAN_BITS)]
     counted = {f"{name.decode()}{'B' if name.startswith(COUNTED) else ''}" for name in {*terms, EVERY}}
     return {"segments": [(position, event.recorded_at, tuple(sorted([*spans, *counted])))]}

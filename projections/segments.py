@@ -49,20 +49,22 @@ _PLACE, _WEIGHT_B = 0x3FFF, 0x8000
 # From events to segments
 
 
-def pack(batch: Sequence[Recorded], terms_of: Callable[[Event[Fact]], set[bytes]]) -> tuple[bytes, bytes, bytes]:
-    """The segments of `batch`, as columns: first position, times of all events from there on, terms.
+def pack(
+    ledger_id: UUID, batch: Sequence[Recorded], terms_of: Callable[[Event[Fact]], set[bytes]]
+) -> tuple[bytes, bytes, bytes]:
+    """The segments of `batch`, of one ledger, as columns: first position, times of all events from there on, terms.
 
     An event without terms is in no segment, though its time may be.
     """
     rows: list[tuple[int, str, bytes]] = []
     for _, block in groupby(batch, lambda recorded: recorded.position >> SEGMENT_BITS):
         events = list(block)
-        rows += _rows(events, [terms_of(event) for _, event in events])
+        rows += _rows(ledger_id, events, [terms_of(event) for _, event in events])
     firsts, times, vectors = zip(*rows, strict=True) if rows else ((), (), ())
     return bigints(firsts), texts(times), _tsvectors(vectors)
 
 
-def _rows(events: list[Recorded], found: list[set[bytes]]) -> list[tuple[int, str, bytes]]:
+def _rows(ledger_id: UUID, events: list[Recorded], found: list[set[bytes]]) -> list[tuple[int, str, bytes]]:
     places: dict[bytes, list[bytes]] = defaultdict(list)
     for place, terms in zip(_PLACES, found, strict=False):
         if terms:
@@ -71,11 +73,12 @@ def _rows(events: list[Recorded], found: list[set[bytes]]) -> list[tuple[int, st
             places[term].append(place)
     if not places:
         return []
-    position, first = events[0]
-    vector = _vector(places, _place(first.ledger, position >> SPAN_BITS[0]))
+    position = events[0].position
+    vector = _vector(places, _place(ledger_id, position >> SPAN_BITS[0]))
     if len(vector) > SEGMENT_BYTES_MAX and len(events) > 1:
         middle = len(events) // 2
-        return _rows(events[:middle], found[:middle]) + _rows(events[middle:], found[middle:])
+        first, second = (events[:middle], found[:middle]), (events[middle:], found[middle:])
+        return _rows(ledger_id, *first) + _rows(ledger_id, *second)
     return [(position, f"{{{','.join([event.recorded_at for _, event in events])}}}", vector)]
 
 

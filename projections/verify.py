@@ -207,7 +207,7 @@ class _Comparison:
                     for table in self._tables:
                         await table.come_to(key)
                     return key
-                history = _History(definition, events, skipped, found.position)
+                history = _History(definition, found.ledger_id, events, skipped, found.position)
                 for table in self._tables:
                     await table.compare(key, history)
                 if history.failure:
@@ -240,8 +240,10 @@ def code_version() -> str:
 class _History:
     """The events of one group, the `rows` that a view must have after them, and those that it had at `position`."""
 
-    def __init__(self, definition: Definition, stored: list[Stored], skipped: set[int], position: int) -> None:
-        self._definition = definition
+    def __init__(
+        self, definition: Definition, ledger_id: UUID, stored: list[Stored], skipped: set[int], position: int
+    ) -> None:
+        self._definition, self._ledger_id = definition, ledger_id
         self._events: list[Recorded] = []
         self.failure: Drift | None = None
         state: Any = None
@@ -273,7 +275,8 @@ class _History:
         self.rows_before = self._rows(state) if events else {}
 
     def _rows(self, state: Any) -> dict[str, list[Row]]:
-        return self._definition.rows(self._events[0].position, state) if self._events else {}
+        first = self._events[0].position if self._events else 0
+        return self._definition.rows(self._ledger_id, first, state) if self._events else {}
 
     def set_by(self, table: Table, key: Row, column: int | None) -> Setter | None:
         """The last event that changed this value, or made the row."""

@@ -100,6 +100,7 @@ class Given:
     def __init__(self, *history: Fact | On, now: str = NOW) -> None:
         self.ledger_id = LEDGER
         self.size = 0
+        self.epoch, self.leaf = LEDGER, None
         self.recorded_at = moment(now)
         self.streams: dict[UUID, Any] = {}
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}

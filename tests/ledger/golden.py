@@ -56,7 +56,7 @@ from ledger.events import (
     VoteCast,
     VoteWithdrawn,
 )
-from ledger.log_events import LogKeyAdded, LogKeyRetired
+from ledger.log_events import LedgerAdopted, LogKeyAdded, LogKeyRetired
 from ledger.values import Actor, AgentDescription, Artifact, Cost, Principal, Quorum, Replayed, Usage, Voter
 from ledger.view_events import (
     EventSkipped,
@@ -501,4 +501,9 @@ GOLDEN: list[tuple[Fact, str, str]] = [
         "b554bce622ee1b52",
     ),
     (LogKeyRetired(number=1), '{"number":1}', "56f12ba320c18b6e"),
+    (
+        LedgerAdopted(ledger=NAMED, adopted=NAMED, checkpoint="a log\n"),
+        spelled('{"adopted":"<id>","checkpoint":"a log\\n","ledger":"<id>"}'),
+        "504fa2f48c5015d9",
+    ),
 ]

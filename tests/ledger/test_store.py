@@ -91,7 +91,7 @@ async def test_an_append_writes_every_table_in_one_transaction(
     assert {table: len(rows) for table, rows in found.items()} == {
         "ledgers": 1, "events": 2, "payloads": 2, "commands": 2, "open_items": 1
     }  # fmt: skip
-    assert await store.head(connection, ledger.ledger_id) == (2, NOW)
+    assert await store.head(connection, ledger.ledger_id) == (2, NOW, ledger.epoch)
     later = Append(ledger_id=ledger.ledger_id, seen=2, recorded_at=NOW, closed=set(batch.opened))
     later.commands.append(batch.commands[0]._replace(command_id="close", first_position=0, event_count=0))
     assert await store.append(connection, later)
@@ -166,7 +166,7 @@ async def test_an_append_inside_a_transaction_is_undone_with_it_and_its_position
         assert await store.append(connection, whole_batch(ledger, 0))
         async with pool.connection() as reader:
             assert await store.read_after(reader, ledger.ledger_id, 0, 10) == []
-    assert await store.head(connection, ledger.ledger_id) == (0, ledger.last_recorded_at)
+    assert await store.head(connection, ledger.ledger_id) == (0, ledger.last_recorded_at, ledger.epoch)
     stream_id = uuid7()
     assert await store.append(connection, batch_of(ledger, stream_id))
     (stored,) = await store.read_after(connection, ledger.ledger_id, 0, 10)
@@ -193,7 +193,9 @@ async def test_a_lock_holds_everyone_else_off_and_then_tells_what_they_did(
     connection: Connection, ledger: Ledger, pool: Pool, database: Database
 ) -> None:
     mine, theirs = uuid7(), uuid7()
-    assert await store.append(connection, batch_of(ledger, mine))
+    first = batch_of(ledger, mine)
+    assert await store.append(connection, first)
+    leaf = first.events[0].leaf
     keys = [(SYSTEM.principal, str(mine)), (SYSTEM.principal, str(theirs))]
     async with pool.connection() as other:
         async with other.transaction():
@@ -201,7 +203,7 @@ async def test_a_lock_holds_everyone_else_off_and_then_tells_what_they_did(
 
             async def look() -> store.Locked:
                 async with connection.transaction():
-                    return await store.lock(connection, ledger.ledger_id, 1, 100, keys)
+                    return await store.lock(connection, ledger.ledger_id, 1, leaf, 100, keys)
 
             looking = asyncio.create_task(look())
             await waiting_for_a_lock(database, 1)
@@ -279,7 +281,7 @@ async def test_a_reader_never_sees_a_later_event_before_an_earlier_one(
     async def write() -> None:
         for _ in range(40):
             async with pool.connection() as mine, mine.transaction():
-                head = (await store.lock(mine, ledger.ledger_id, -1, 0, [("x", "x")])).head
+                head = (await store.lock(mine, ledger.ledger_id, -1, None, 0, [("x", "x")])).head
                 assert await store.append(mine, batch_of(ledger, uuid7(), uuid7(), seen=head.size))
 
     async def read() -> int:

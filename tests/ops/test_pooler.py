@@ -18,7 +18,7 @@ from litestar import Litestar
 
 from api.app import create_app
 from api.auth import development_token
-from ledger import recorder, store
+from ledger import news, recorder
 from ledger.postgres import Statement, bigint, is_pooled, open_pool
 from ops.worker import work
 from tests.api.conftest import running, settings_of
@@ -161,8 +161,8 @@ async def opened(client: httpx.AsyncClient) -> tuple[str, dict[str, str]]:
 
 
 async def test_nothing_is_listened_to_through_a_pooler(pooled: Database, database: Database) -> None:
-    assert [heard async for heard in store.announced(pooled.api)] == []
-    async with aclosing(store.announced(database.api)) as heard:
+    assert [heard async for heard in news.announced(pooled.api)] == []
+    async with aclosing(news.announced(database.api)) as heard:
         assert await anext(heard) is None  # now it listens
     assert left_behind(pooled.api) == {}
 

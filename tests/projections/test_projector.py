@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from uuid_utils.compat import uuid7
 
-from ledger import store
+from ledger import news, store
 from ledger.entry import Recorded
 from ledger.events import (
     ApprovalDenied,
@@ -364,7 +364,7 @@ async def test_a_notice_wakes_it_and_without_notices_it_looks_by_itself(
             while (await caught_up(pool, "audit", history.ledger_id, timeout_seconds=0)).behind:
                 check()
                 async with pool.connection() as connection:
-                    await connection.execute(store.SQL.announce, {"ledger_ids": f"nonsense,{history.ledger_id}"})
+                    await connection.execute(news.SQL.announce, {"ledger_ids": f"nonsense,{history.ledger_id}"})
 
 
 async def test_it_outlives_a_lost_connection(
