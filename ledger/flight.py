@@ -4,16 +4,29 @@ It says what one batch may hold. When it is begun, sent and answered, is the wri
 """
 
 import asyncio
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from itertools import pairwise
 from uuid import UUID
 
 from msgspec import Struct, field
 
 from ledger.batch import Batch
 from ledger.pending import Pending, Verdict
+from ledger.subjects import EraseSubject
 
 BATCH_COMMANDS_MAX = 512
 BATCH_BYTES_MAX = 8 * 1024 * 1024
+
+
+def apart(batch: list[Pending]) -> Iterator[list[Pending]]:
+    """`batch` in order, in parts of which an erasure is one by itself.
+
+    What comes after it is sealed under a key that is not made yet; and where the keys are away, nothing else fails.
+    """
+    erasures = [place for place, pending in enumerate(batch) if isinstance(pending.command, EraseSubject)]
+    cuts = [0, *(cut for place in erasures for cut in (place, place + 1)), len(batch)]
+    return (batch[begin:end] for begin, end in pairwise(cuts) if begin < end)
 
 
 class Flight(Struct, eq=False):

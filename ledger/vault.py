@@ -23,12 +23,15 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Meta, Struct, field
 
+from ledger.errors import StoreUnavailable
 from ledger.personal import ERASED, PERSONAL, SEALED, SUBJECT_CHARACTERS_MAX, marks, replaced, subjects
 from ledger.postgres import Pool, Statement, queries, store_errors, texts
 from ledger.project_key import NONCE_BYTES, ProjectKey, UnusableKey, create_key_file, key_errors, read_key_file
 
 SQL = queries("ledger", "vault")
 _find_data_keys = Statement("find_data_keys", SQL.find_data_keys)
+
+RETIRE_SECONDS_MAX = 2.0
 
 Held = tuple[object, ...]
 """Opaque. While the caller keeps it, the keys it stands for stay in memory, unless they are given up."""
@@ -299,9 +302,14 @@ class Vault:
     async def retire(self, project_id: str, pseudonym: str) -> int:
         """Have nothing more sealed under the keys that a subject has now; the number of the last of them, 0 for none.
 
-        What they sealed opens as before. A process that has one in memory goes on with it until it gives it up.
+        What they sealed opens as before. A process that has one in memory goes on with it until it gives it up. Whoever
+        asks holds up all who write to a ledger: it ends within RETIRE_SECONDS_MAX.
         """
-        rows = await self._query(SQL.retire_data_keys, project_id, subject=pseudonym)
+        try:
+            async with asyncio.timeout(RETIRE_SECONDS_MAX):
+                rows = await self._query(SQL.retire_data_keys, project_id, subject=pseudonym)
+        except TimeoutError as error:
+            raise StoreUnavailable(why="The database of the keys did not answer in time") from error
         number: int = rows[0][0]
         return number
 

@@ -25,7 +25,7 @@ from psycopg_pool import PoolTimeout
 from ledger import store
 from ledger.batch import Batch
 from ledger.errors import ClockSkew, IdempotencyKeyReused, MunimentError, StoreUnavailable
-from ledger.flight import BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, Flight
+from ledger.flight import BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, Flight, apart
 from ledger.known import Known, NotLoaded, Queue
 from ledger.memory import TAIL_EVENTS_MAX, Key, Memory, Refusals
 from ledger.past import SETTLED_SECONDS
@@ -149,8 +149,6 @@ class Writer:
             pending = self._queue.popleft()
             size += len(pending.canonical)
             batch.append(pending)
-            if isinstance(pending.command, EraseSubject):
-                break  # what comes after it is sealed under a key that is not made yet
         return batch
 
     async def look(self) -> None:
@@ -264,6 +262,10 @@ class Writer:
 
     async def _settle(self, batch: list[Pending]) -> None:
         """Have every command of `batch` answered, one way or another."""
+        for part in apart(batch):
+            await self._settle_together(part)
+
+    async def _settle_together(self, batch: list[Pending]) -> None:
         try:
             await self._commit(batch)
         except (StoreUnavailable, ClockSkew) as error:
@@ -276,7 +278,7 @@ class Writer:
             log.exception("A batch of %d commands failed; trying them one by one", len(batch))
             for pending in batch:
                 if pending.key in self.waiting:
-                    await self._settle([pending])
+                    await self._settle_together([pending])
 
     async def _commit(self, batch: list[Pending]) -> None:
         give_up_at = time.monotonic() + RECOVERY_SECONDS
@@ -390,7 +392,9 @@ class Writer:
     def _accept(self, flight: Flight) -> None:
         """The batch is durable."""
         self._memory.accept(flight.decided)
-        if flight.fresh and isinstance(erasing := flight.fresh[-1].command, EraseSubject):
+        if flight.fresh and isinstance(
+            erasing := flight.fresh[-1].command, EraseSubject
+        ):  # by itself, where it is done
             self._vault.give_up(self._memory.project_id, [erasing.subject])
         if flight.decided.append.events:
             self._commits.events += len(flight.decided.append.events)

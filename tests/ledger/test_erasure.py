@@ -14,9 +14,11 @@ from ledger.erasure import Erasure
 from ledger.events import HoldPlaced, HoldReleased, SubjectErased
 from ledger.hold import Hold
 from ledger.receipt import Receipt
+from ledger.session import Session
 from ledger.subjects import OF_SUBJECTS, EraseSubject, PlaceHold, ReleaseHold, may_be_of_a_subject, stream_of
 from ledger.values import Actor, moment
 from ledger.vault import Place
+from ledger.writer import ALONE_AFTER_BATCHES
 from tests.check import check_ledger, of_type, states
 from tests.conftest import Database
 from tests.ledger.given import AGENT, NOW, Given, given, later, on
@@ -236,6 +238,28 @@ async def test_commands_given_at_once_are_of_the_erasure_or_not_by_their_order(
     first, one, second, third, two, last = (v for v in verdicts if isinstance(v, Receipt) and not v.refusal)
     assert [key_of(receipt) for receipt in (first, second, third, last)] == [1, 2, 2, 3]
     assert (one.state.through, two.state.through) == (1, 2)
+    check_ledger(database.owner)
+
+
+async def test_a_hold_that_is_released_while_its_subjects_erasure_is_on_its_way_leaves_what_comes_after_it(
+    committer: Committer, another: Committer, agent: Actor, database: Database
+) -> None:
+    """It is refused at first, with commands decided behind it; then all of them are decided again."""
+    both = Actor(issuer="i", sub="ana", kind="human", assurance="authenticated", roles=("agent", "operator"))
+    await done(committer, put(), agent)
+    hold: Hold = (await done(committer, PlaceHold(subject="mia", reason="case 7"), ANA)).state
+    erasing = EraseSubject(subject="mia", ground="x")
+    assert (await committer.submit("demo", erasing, ANA)).refusal  # by what is known here, from now on
+    for _ in range(ALONE_AFTER_BATCHES):
+        await done(committer, put(), agent)
+    await done(another, ReleaseHold(hold_id=hold.hold_id, reason="closed"), ANA)
+    # The first four go out at once, and miss; the others were decided on top of them.
+    many: list[Any] = [*(put() for _ in range(4)), EraseSubject(subject="mia", ground="x"), put(), put()]
+    receipts = [v for v in await committer.submit_all("demo", many, both) if isinstance(v, Receipt) and not v.refusal]
+    assert [key_of(receipt) for receipt in receipts if isinstance(receipt.state, Session)] == [1] * 4 + [2] * 2
+    assert receipts[4].state.through == 1
+    await committer.vault.destroy("demo", {receipts[4].state.subject: 1})
+    assert [await read(another, receipts[place]) for place in (3, 5, 6)] == [ERASED, *["Mia Li, 1 Elm St"] * 2]
     check_ledger(database.owner)
 
 

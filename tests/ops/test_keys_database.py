@@ -7,7 +7,15 @@ import psycopg
 import pytest
 
 from api.client import Client
+from ledger.commands import Record
+from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
+from ledger.errors import StoreUnavailable
+from ledger.postgres import open_pool
+from ledger.receipt import Receipt
+from ledger.subjects import EraseSubject
+from ledger.values import Actor
+from ledger.vault import Vault
 from ops.keys_database import check_keys, files, migrate_keys
 from ops.migrate import MigrationError, migrate
 from tests.conftest import Database, database_of
@@ -89,3 +97,24 @@ async def test_a_database_of_keys_that_is_not_migrated_is_refused_and_one_that_i
             await check_keys(database.api, old.api, None)
         connection.execute("DROP DATABASE keys_old WITH (FORCE)")
     await check_keys(database.api, f"host={tmp_path} dbname=none", None)
+
+
+async def test_where_the_keys_are_away_an_erasure_fails_and_what_was_given_with_it_does_not(
+    database: Database, keys: Database, postgres: EmbeddedServer, tmp_path: Path
+) -> None:
+    both = Actor(issuer="i", sub="ana", kind="human", assurance="authenticated", roles=("agent", "operator"))
+    erasing = EraseSubject(subject="c-9", ground="she asked")
+    async with open_pool(database.api, 2) as pool, open_pool(keys.api, 2) as away:
+        committer = Committer(pool, Vault(tmp_path, away, create_keys=True), create_ledgers=True)
+        await committer.submit("demo", Record(kind="a", body=MARK), both)
+        with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+            connection.execute("ALTER DATABASE keys_alone ALLOW_CONNECTIONS false")
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'keys_alone'")
+            many = [Record(kind="before", body=MARK), erasing, Record(kind="after", body=MARK)]
+            before, erasure, after = await committer.submit_all("demo", many, both)
+            connection.execute("ALTER DATABASE keys_alone ALLOW_CONNECTIONS true")
+        assert isinstance(erasure, StoreUnavailable)
+        assert isinstance(before, Receipt)
+        assert isinstance(after, Receipt)
+        assert [one.state.kind for one in (before, after)] == ["before", "after"]
+        await committer.close()
