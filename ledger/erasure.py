@@ -45,7 +45,9 @@ def decide(erasure: Erasure | None, command: Command, world: World) -> list[Fact
     for hold_id in sorted(world.open_items(stream_of(subject))):
         if in_force(world.stream(hold_id), world.now):
             raise Held(subject=subject, hold_id=hold_id)
-    return [SubjectErased(subject=subject, ground=command.ground, through=world.retired(subject))]
+    # Where older keys were restored, some may be missing that an erasure before was of: it never counts back.
+    through = max(world.retired(subject), erasure.through if erasure else 0)
+    return [SubjectErased(subject=subject, ground=command.ground, through=through)]
 
 
 def evolve(erasure: Erasure | None, event: Event[Any]) -> Erasure:

@@ -37,17 +37,26 @@ SELECT coalesce(max(key), 0) FROM (
 
 -- name: destroy_data_keys
 -- For ever. In one order, so that two who destroy the same wait for each other and never in a circle. Retired too: after
--- a restore of older keys, they may not be.
-UPDATE keys.data_keys AS k SET retired = true, wrapped = NULL
-FROM (
+-- a restore of older keys, they may not be. The last number stays taken, also where it came with no key in that restore:
+-- else new keys would be counted from where the restored ones end, up to those that old values are sealed under.
+WITH doomed AS (
     SELECT d.subject, d.key FROM keys.data_keys AS d
     JOIN unnest(%(subjects)s::text[], %(through)s::integer[]) AS erased (subject, through)
         ON d.subject = erased.subject AND d.key <= erased.through
     WHERE d.project_id = %(project_id)s AND d.wrapped IS NOT NULL
     ORDER BY d.subject, d.key FOR UPDATE OF d
-) AS doomed
-WHERE k.project_id = %(project_id)s AND k.subject = doomed.subject AND k.key = doomed.key
-RETURNING k.subject
+), destroyed AS (
+    UPDATE keys.data_keys AS k SET retired = true, wrapped = NULL FROM doomed
+    WHERE k.project_id = %(project_id)s AND k.subject = doomed.subject AND k.key = doomed.key
+    RETURNING k.subject
+), taken AS (
+    INSERT INTO keys.data_keys (project_id, subject, key, retired)
+    SELECT %(project_id)s, erased.subject, erased.through, true
+    FROM unnest(%(subjects)s::text[], %(through)s::integer[]) AS erased (subject, through)
+    WHERE erased.through > 0 ORDER BY erased.subject
+    ON CONFLICT (project_id, subject, key) DO NOTHING
+)
+SELECT subject FROM destroyed
 
 -- name: find_retired
 -- Keys that were retired and are there still: their erasure is being recorded, or whoever was to destroy them died.

@@ -59,6 +59,13 @@ def test_a_subject_without_a_key_is_erased_as_well_and_one_that_was_erased_is_ag
     assert again.state.version == 2
 
 
+def test_where_keys_are_missing_an_erasure_is_of_all_that_the_one_before_was_of() -> None:
+    before = SubjectErased(subject=MIA, ground="she asked", through=3)
+    for left, through in ((1, 3), (4, 4)):
+        past = keys(given(on(stream_of(MIA), before)), mia=left)
+        past.when(erase(), ANA).then(SubjectErased(subject=MIA, ground="she asked", through=through))
+
+
 def test_a_hold_prevents_an_erasure_until_it_is_released() -> None:
     held = keys(given(PLACED), mia=1, ben=1)
     held.when(erase(), ANA).refused("held", subject=MIA, hold_id=HOLD)

@@ -300,6 +300,25 @@ async def test_after_destruction_new_values_get_a_new_key_and_old_ones_stay_eras
     assert await vault.unseal("demo", new, PLACE) == "new", "a key made elsewhere later is looked up"
 
 
+@pytest.mark.parametrize("restored", [0, 1])
+async def test_where_older_keys_were_restored_no_new_key_takes_the_number_of_one_that_was_destroyed(
+    make_vault: MakeVault, database: Any, restored: int
+) -> None:
+    before = await make_vault()
+    old = [await seal(before, personal("old"))]
+    pseudonym = old[0]["$sealed"]["subject"]
+    await before.destroy("demo", {pseudonym: 1})
+    before.give_up("demo", [pseudonym])
+    old.append(await seal(before, personal("old")))
+    await sql(database, "ALTER TABLE keys.data_keys DISABLE TRIGGER USER")
+    await sql(database, "DELETE FROM keys.data_keys WHERE key > %s", restored)
+    after = await make_vault()
+    assert await after.destroy("demo", {pseudonym: 2}) == 0
+    new = await seal(after, personal("new"))
+    assert new["$sealed"]["key"] == 3
+    assert [await after.unseal("demo", one, PLACE) for one in (*old, new)] == [ERASED, ERASED, "new"]
+
+
 async def test_a_key_that_this_database_never_had_reads_erased(vault: Vault) -> None:
     sealed = await seal(vault, personal(SECRET_VALUE))
     unknown_subject = {"$sealed": sealed["$sealed"] | {"subject": "0" * 32}}
