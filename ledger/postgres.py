@@ -28,6 +28,8 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from ledger.errors import ClockSkew, StoreUnavailable
 
+KEYS_CONNECTIONS_MAX = 4
+
 CLOCK_SKEW_MAX_SECONDS = 2.0
 CLOCK_CHECK_SECONDS = 15.0
 CLOCK_SET_SECONDS = 0.1
@@ -107,11 +109,13 @@ async def open_pool(conninfo: str, connections_max: int = 8) -> AsyncGenerator[P
 
 @asynccontextmanager
 async def open_keys_pool(conninfo: str | None, pool: Pool) -> AsyncGenerator[Pool]:
-    """Where the data keys are: a database of their own, if there is one, or that of `pool`."""
-    if conninfo is None:
-        yield pool
-        return
-    async with open_pool(conninfo, 4) as keys:
+    """Where the data keys are: a database of their own, if there is one, or that of `pool`.
+
+    Never its connections: who erases asks for the keys while it holds one of those, and as many erasures as there are
+    connections would wait for each other.
+    """
+    assert isinstance(pool.conninfo, str)
+    async with open_pool(conninfo or pool.conninfo, KEYS_CONNECTIONS_MAX) as keys:
         yield keys
 
 

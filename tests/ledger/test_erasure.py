@@ -1,6 +1,7 @@
 """The rules of erasing a subject and of the holds that prevent it; and what was sealed before, after and beside."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -13,11 +14,12 @@ from ledger.committer import Committer
 from ledger.erasure import Erasure
 from ledger.events import HoldPlaced, HoldReleased, SubjectErased
 from ledger.hold import Hold
+from ledger.postgres import open_keys_pool, open_pool
 from ledger.receipt import Receipt
 from ledger.session import Session
 from ledger.subjects import OF_SUBJECTS, EraseSubject, PlaceHold, ReleaseHold, may_be_of_a_subject, stream_of
 from ledger.values import Actor, moment
-from ledger.vault import Place
+from ledger.vault import Place, Vault
 from ledger.writer import ALONE_AFTER_BATCHES
 from tests.check import check_ledger, of_type, states
 from tests.conftest import Database
@@ -228,6 +230,19 @@ async def test_batches_that_race_erasures_are_erased_if_before_and_readable_if_a
     assert through == sorted(through)
     assert through[-1] > 1, "no value came between two erasures"
     assert len(states(history)) > 200
+
+
+async def test_as_many_erasures_at_once_as_there_are_connections_do_not_wait_for_each_other(
+    database: Database, tmp_path: Path, agent: Actor
+) -> None:
+    async with open_pool(database.api, 2) as pool, open_keys_pool(None, pool) as keys:
+        committer = Committer(pool, Vault(tmp_path, keys, create_keys=True), create_ledgers=True)
+        projects = ("one", "two", "three")
+        for project in projects:
+            await committer.submit(project, put(), agent)
+        erasures = [committer.submit(project, EraseSubject(subject="mia", ground="x"), ANA) for project in projects]
+        assert [receipt.state.through for receipt in await asyncio.gather(*erasures)] == [1, 1, 1]
+        await committer.close()
 
 
 async def test_commands_given_at_once_are_of_the_erasure_or_not_by_their_order(
