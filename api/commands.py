@@ -5,7 +5,6 @@ is in `receipts.py`. The order is SPEC's: body limit, authentication, then in th
 handling. Rules are never here.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import reduce
 from operator import or_
@@ -29,7 +28,7 @@ from api.http import (
 )
 from api.idempotency import Asked
 from api.reading import Fresh, NoParameters, head, read_query, reading
-from api.receipts import CommandAnswer, ItemAnswer, answer, item_answer
+from api.receipts import CommandAnswer, ItemAnswer, answer, item_answers
 from api.resources import Claims
 from ledger import errors
 from ledger.batch import RULES
@@ -220,11 +219,7 @@ async def _many(call: Call, body: bytes, named: type[Command] | None) -> Answer:
     ids = [_command_id(item, raw) for item, raw in zip(items, raws, strict=True)]
     verdicts = iter(await _submit(call, [item for item in items if isinstance(item, Command)], said))
     found = [item if isinstance(item, MunimentError) else next(verdicts) for item in items]
-    answering = (item_answer(call, command_id, verdict) for command_id, verdict in zip(ids, found, strict=True))
-    if b"$personal" in body:  # at once, for then they ask together whether the keys are there still
-        answers = await asyncio.gather(*answering)
-    else:
-        answers = [await one for one in answering]
+    answers = await item_answers(call, ids, found)
     return Answer(201 if named and all(item.status == 201 for item in answers) else 200, encode(answers))
 
 

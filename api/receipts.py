@@ -4,6 +4,7 @@ An answer is a pure function of the receipt, so the first answer and every repla
 values in it are opened last, and only for who may read them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from msgspec import Struct
 from api import resources
 from api.http import Answer, Call, encode
 from api.problems import MEDIA_TYPE, headers_of, problem
+from api.resources import Draft
 from ledger.erasure import Erasure
 from ledger.errors import MunimentError
 from ledger.receipt import Receipt
@@ -43,7 +45,9 @@ class ItemAnswer(Struct, kw_only=True, omit_defaults=True):
 
 async def answer(call: Call, receipt: Receipt) -> Answer:
     """The answer that `receipt` is, whether it is the first or a replay."""
-    body = await _body(call, receipt)
+    drafted = await _draft(call, receipt)
+    await resources.unseal(call.api.vault, call.caller.project_id, drafted.sealed)
+    body = drafted.readable()
     if receipt.refusal is not None:
         shown = Answer(receipt.status, body, headers_of(receipt.refusal), MEDIA_TYPE)
     else:
@@ -59,13 +63,13 @@ async def answer(call: Call, receipt: Receipt) -> Answer:
     return shown
 
 
-async def _body(call: Call, receipt: Receipt) -> bytes:
+async def _draft(call: Call, receipt: Receipt) -> Draft:
     """What `receipt` says: the target as it then was, or why not. Who asks again must still be a reader: Forbidden."""
     if receipt.refusal is not None:
-        return encode(problem(receipt.refusal, remembered=True))
+        return Draft(encode(problem(receipt.refusal, remembered=True)))
     if receipt.replayed:
         call.caller.require_reader("Reading the answer")
-    return await resources.encode(call.api.vault, call.caller.project_id, receipt.state, await _beside(call, receipt))
+    return resources.draft(call.caller.project_id, receipt.state, await _beside(call, receipt))
 
 
 async def _beside(call: Call, receipt: Receipt) -> dict[str, Any]:
@@ -81,23 +85,45 @@ async def _beside(call: Call, receipt: Receipt) -> dict[str, Any]:
     return {}
 
 
-async def item_answer(call: Call, command_id: str | None, verdict: Receipt | MunimentError) -> ItemAnswer:
+async def item_answers(
+    call: Call, ids: Sequence[str | None], verdicts: Sequence[Receipt | MunimentError]
+) -> list[ItemAnswer]:
+    """What became of each command of a list. All that is sealed in them is opened in one go."""
+    drafts = [await _item_draft(call, verdict) for verdict in verdicts]
+    sealed = [field for one in drafts if isinstance(one, Draft) for field in one.sealed]
+    unread: MunimentError | None = None
+    try:
+        await resources.unseal(call.api.vault, call.caller.project_id, sealed)
+    except MunimentError as error:
+        unread = error  # without the keys: the others are answered
+    return [
+        _item(command_id, verdict, unread if unread and isinstance(one, Draft) and one.sealed else one)
+        for command_id, verdict, one in zip(ids, verdicts, drafts, strict=True)
+    ]
+
+
+async def _item_draft(call: Call, verdict: Receipt | MunimentError) -> Draft | MunimentError:
     if isinstance(verdict, MunimentError):
-        body = msgspec.Raw(encode(problem(verdict)))
+        return verdict
+    try:
+        return await _draft(call, verdict)
+    except MunimentError as error:
+        return error
+
+
+def _item(command_id: str | None, verdict: Receipt | MunimentError, told: Draft | MunimentError) -> ItemAnswer:
+    """`told` is its body, or why that cannot be told."""
+    body = msgspec.Raw(told.readable() if isinstance(told, Draft) else encode(problem(told)))
+    if isinstance(verdict, MunimentError):
         return ItemAnswer(command_id=command_id, status=verdict.status, replayed=False, positions=[], body=body)
     shown = ItemAnswer(
         command_id=verdict.command_id,
-        status=verdict.status,
+        status=verdict.status if isinstance(told, Draft) else told.status,
         replayed=verdict.replayed,
         positions=list(verdict.positions),
-        body=msgspec.Raw(),
+        body=body,
     )
-    try:
-        shown.body = msgspec.Raw(await _body(call, verdict))
-    except MunimentError as error:
-        shown.status, shown.body = error.status, msgspec.Raw(encode(problem(error)))
-        return shown
-    if verdict.refusal is None and not isinstance(verdict.state, tuple):
+    if isinstance(told, Draft) and verdict.refusal is None and not isinstance(verdict.state, tuple):
         shown.etag = resources.etag(verdict.state).decode()
         if verdict.status == 201:
             shown.location = resources.location(verdict.state).decode()

@@ -236,20 +236,41 @@ def etag(state: Resource) -> bytes:
     return b'"%d"' % state.version
 
 
+class Draft(NamedTuple):
+    """A body that is encoded; and where something in it is sealed, what was encoded, and the fields to unseal in it."""
+
+    encoded: bytes
+    shown: dict[str, Any] | None = None
+    sealed: Sequence[tuple[dict[str, Any], str, Place]] = ()
+
+    def readable(self) -> bytes:
+        """The body, once `sealed` was unsealed."""
+        return self.encoded if self.shown is None else _encode(self.shown)
+
+
+def draft(project_id: str, state: Resource | tuple[Task, ...], beside: dict[str, Any] | None = None) -> Draft:
+    """The body of `state`, or of what was claimed; with what is known `beside` the state."""
+    states: tuple[Resource, ...]
+    if isinstance(state, tuple):
+        states, items = state, [claimed(task) for task in state]
+        shown: dict[str, Any] = {"tasks": items}
+    else:
+        shown = body(state) | (beside or {})
+        states, items = (state,), [shown]
+    encoded = _encode(shown)
+    if SEALED not in encoded:
+        return Draft(encoded)
+    each = zip(states, items, strict=True)
+    return Draft(encoded, shown, [place for one, item in each for place in _places(project_id, one, item)])
+
+
 async def encode(
     vault: Vault, project_id: str, state: Resource | tuple[Task, ...], beside: dict[str, Any] | None = None
 ) -> bytes:
-    """The body of `state`, or of what was claimed, as JSON, readable; with what is known `beside` the state."""
-    if isinstance(state, tuple):
-        return _encode({"tasks": await reveal(vault, project_id, state, claimed)})
-    shown = body(state)
-    if beside:
-        shown |= beside
-    encoded = _encode(shown)
-    if SEALED not in encoded:
-        return encoded
-    await unseal(vault, project_id, list(_places(project_id, state, shown)))
-    return _encode(shown)
+    """As `draft`, readable. Raises BrokenSeal."""
+    drafted = draft(project_id, state, beside)
+    await unseal(vault, project_id, drafted.sealed)
+    return drafted.readable()
 
 
 async def reveal(

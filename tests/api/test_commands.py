@@ -5,9 +5,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
+import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 
 from api.app import create_app
+from ledger.embedded import EmbeddedServer
 from ledger.settings import Settings
 from tests.api.conftest import Token, problem_of, running, settings_of
 from tests.check import check_ledger, of_type
@@ -498,3 +501,28 @@ async def test_production_knows_no_development_token_and_no_unmade_project(
         response = await client.post("/sessions", json=OPEN)
         assert (response.status_code, problem_of(response)["code"]) == (401, "unauthenticated")
         assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_however_many_answers_of_a_list_are_sealed_the_keys_are_asked_for_once(
+    settings: Settings, token: Token, database: Database, postgres: EmbeddedServer
+) -> None:
+    def questions() -> int:
+        return postgres.log.read_text().count("execute find_data_keys")
+
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        connection.execute(SQL("ALTER DATABASE {} SET log_statement = 'all'").format(Identifier(database.name)))
+    async with running(create_app(settings), token("agent")) as client:
+        whom = [{"$personal": {"subject": f"c-{n}", "value": n}} for n in range(20)]
+        opening = [{"type": "OpenSession", "agent_role": "x", "metadata": {"who": who}} for who in whom]
+        opened = [item["body"] for item in (await client.post("/commands", json=opening)).json()]
+        assert [session["metadata"]["who"] for session in opened] == list(range(20))
+        starting: list[Any] = [
+            {"type": "ChangeSession", "session_id": s["session_id"], "status": "active"} for s in opened
+        ]
+        asked = questions()
+        answers = (
+            await client.post("/commands", json=[*starting, {"type": "OpenSession", "agent_role": "x"}, {}])
+        ).json()
+        assert [item["status"] for item in answers] == [*[200] * 20, 201, 400]
+        assert [item["body"]["metadata"]["who"] for item in answers[:20]] == list(range(20))
+        assert questions() - asked == 1
