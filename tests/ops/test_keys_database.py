@@ -1,8 +1,10 @@
 """The keys in a database of their own: nothing of them is in the ledger's, and nothing starts where they are missed."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psycopg
 import pytest
 
@@ -42,6 +44,16 @@ def rows(url: str, query: str) -> int:
     assert row is not None
     count: int = row[0]
     return count
+
+
+@contextmanager
+def keys_away(postgres: EmbeddedServer) -> Iterator[None]:
+    """Meanwhile nobody is let into the database of the keys."""
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute("ALTER DATABASE keys_alone ALLOW_CONNECTIONS false")
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'keys_alone'")
+        yield
+        connection.execute("ALTER DATABASE keys_alone ALLOW_CONNECTIONS true")
 
 
 @pytest.fixture
@@ -107,14 +119,26 @@ async def test_where_the_keys_are_away_an_erasure_fails_and_what_was_given_with_
     async with open_pool(database.api, 2) as pool, open_pool(keys.api, 2) as away:
         committer = Committer(pool, Vault(tmp_path, away, create_keys=True), create_ledgers=True)
         await committer.submit("demo", Record(kind="a", body=MARK), both)
-        with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
-            connection.execute("ALTER DATABASE keys_alone ALLOW_CONNECTIONS false")
-            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'keys_alone'")
+        with keys_away(postgres):
             many = [Record(kind="before", body=MARK), erasing, Record(kind="after", body=MARK)]
             before, erasure, after = await committer.submit_all("demo", many, both)
-            connection.execute("ALTER DATABASE keys_alone ALLOW_CONNECTIONS true")
         assert isinstance(erasure, StoreUnavailable)
         assert isinstance(before, Receipt)
         assert isinstance(after, Receipt)
         assert [one.state.kind for one in (before, after)] == ["before", "after"]
         await committer.close()
+
+
+async def test_where_the_keys_are_away_a_list_is_answered_but_for_what_is_sealed(
+    database: Database, elsewhere: Database, postgres: EmbeddedServer, tmp_path: Path
+) -> None:
+    with Server(database, tmp_path) as server:
+        sent_by = {"Authorization": f"Bearer {server.token('demo')}"}
+        async with httpx.AsyncClient(base_url=server.url, headers=sent_by) as client:
+            opening = [{"type": "OpenSession", "agent_role": "a", "metadata": {"who": who}} for who in (MARK, "it")]
+            opened = [item["body"]["session_id"] for item in (await client.post("/commands", json=opening)).json()]
+            starting = [{"type": "ChangeSession", "session_id": one, "status": "active"} for one in opened]
+            with keys_away(postgres):
+                sealed, plain = (await client.post("/commands", json=starting, timeout=30)).json()
+    assert (sealed["status"], sealed["body"]["code"], sealed["positions"]) == (503, "store_unavailable", [3])
+    assert (plain["status"], plain["body"]["metadata"]) == (200, {"who": "it"})
