@@ -19,9 +19,8 @@ from uuid import UUID
 
 import psycopg
 from msgspec import Struct
-from psycopg_pool import PoolTimeout
 
-from ledger import news
+from ledger import news, postgres
 from ledger.entry import Recorded
 from ledger.postgres import Connection, Pool, Statement, bigint, bigints, queries, texts, uuid
 from ledger.store import Stored
@@ -49,8 +48,9 @@ BUSY_EVENTS it rests for as long as that took: what a batch costs besides its ev
 of a core stays with those who wait for answers. But not for longer than a reader would notice: where others keep the
 machine busy, a batch takes long without costing much."""
 
-TROUBLE = (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError, psycopg.ProgrammingError)
-"""The database's trouble, not an event's: it is tried again, and nothing is parked."""
+TROUBLE = (*postgres.TROUBLE, psycopg.ProgrammingError)
+"""The database's trouble, not an event's: it is tried again, and nothing is parked. Also a schema, or rights, that are
+not there yet."""
 
 
 class Troubles:

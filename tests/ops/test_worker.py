@@ -4,17 +4,21 @@ import asyncio
 import copy
 import os
 import random
+import re
 import signal
 import sys
 from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 from uuid_utils.compat import uuid7
 
 from ledger.commands import (
@@ -38,7 +42,9 @@ from ledger.values import SYSTEM, Action, Actor
 from ledger.vault import Vault
 from ops.lease import LEASE_SECONDS, run_alone
 from ops.sweeper import overdue, sweep
+from ops.worker import work
 from projections import VIEWS, Projector, audit, caught_up, sessions
+from tests.api.conftest import settings_of
 from tests.check import check_ledger, of_type, states
 from tests.conftest import Database, database_of
 
@@ -186,6 +192,55 @@ async def test_a_job_that_cannot_be_stopped_ends_the_worker(pool: Pool, monkeypa
     with pytest.raises(AssertionError, match="job goes on although it lost the lease"):
         await running
     end.set()
+
+
+@contextmanager
+def only_reading(database: Database) -> Iterator[None]:
+    """Meanwhile whoever connects finds a server that only reads, as after a failover; no worker stays connected."""
+    name = Identifier(database.name)
+    leave = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND usename = 'muniment_worker'"
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        connection.execute(SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(name))
+        connection.execute(leave, [database.name])
+        yield
+        connection.execute(SQL("ALTER DATABASE {} RESET default_transaction_read_only").format(name))
+        connection.execute(leave, [database.name])
+
+
+async def test_a_server_that_only_reads_for_a_while_ends_no_job(
+    database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def met(what: str) -> bool:
+        assert not working.done(), "a job has ended"
+        return re.search(rf"the {what} of ledger \S+ cannot be written: cannot execute", caplog.text) is not None
+
+    async def caught_up_again() -> bool:
+        async with writing.connection() as connection:
+            published = (
+                "SELECT e.size = l.published_size FROM ledger.ledgers AS e JOIN ledger.logs AS l USING (ledger_id)"
+            )
+            cursor = await connection.execute(published)
+            return await cursor.fetchall() == [(True,)]
+
+    stop, settings = asyncio.Event(), settings_of(database, tmp_path, DATABASE_URL=database.worker)
+    working = asyncio.create_task(work(settings, stop))
+    # Somebody writes all the same, so that there is something to do.
+    async with (
+        open_pool(f"{database.api}&options=-c%20default_transaction_read_only%3Doff", 4) as writing,
+        committing(writing, tmp_path) as committer,
+    ):
+        await committer.submit("demo", OpenSession(agent_role="x"), AGENT)
+        await until(caught_up_again)
+        with only_reading(database):
+            await committer.submit("demo", OpenSession(agent_role="y"), AGENT)
+            for job in ("views", "log"):
+                await until(partial(met, job))
+        await until(caught_up_again)
+        ledger = await committer.ledger("demo")
+        assert ledger is not None
+        await caught_up(writing, "audit", ledger.ledger_id, min_position=2, timeout_seconds=20)
+    stop.set()
+    await working
 
 
 NUMBER = 12
