@@ -5,7 +5,8 @@ routes name no project.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -13,15 +14,18 @@ import psycopg
 from litestar import Request, route
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
-from psycopg_pool import PoolTimeout
 
 from api.http import READ, Answer, Api, Call, Operation, encode
+from ledger import store
 from ledger.errors import ClockSkew, StoreUnavailable, Unauthenticated
+from ledger.operations import OPERATORS
+from ledger.postgres import Connection
 from projections import VIEWS, health
 from projections.freshness import log_health
 
 VERSION = version("muniment")
 DATABASE_SECONDS_MAX = 2.0
+AWAY = (ClockSkew, TimeoutError, psycopg.Error)
 
 
 class ViewHealth(Struct):
@@ -113,7 +117,7 @@ async def get_live(call: Call) -> Answer:
 @probing("/health/ready", {200: Probe, 503: Probe})
 async def get_ready(call: Call) -> Answer:
     """Whether to send requests here: whether commands are accepted, and will be in a moment."""
-    ready = not call.api.draining and await _derived(call.api) is not None
+    ready = not call.api.draining and await _accepts(call.api)
     return Answer(200 if ready else 503, encode(Probe("ready" if ready else "unready")))
 
 
@@ -125,16 +129,34 @@ async def get_status(call: Call) -> Answer:
     return Answer(200, encode(Status("ok", VERSION)))
 
 
+@asynccontextmanager
+async def _reached(api: Api) -> AsyncIterator[Connection]:
+    """A connection to the database, whose clock this process's agrees with. Raises one of AWAY."""
+    async with asyncio.timeout(DATABASE_SECONDS_MAX), api.pool.connection() as connection:
+        clock = api.committer.clock
+        if clock.stale:  # where no command comes, nobody else would notice that it was set right
+            await clock.measure(connection)
+        clock.now()
+        yield connection
+
+
+async def _accepts(api: Api) -> bool:
+    """Whether commands can be accepted. It looks at no view and no log: whoever balances load asks this every second,
+    and what is slow there is no reason to send commands elsewhere."""
+    try:
+        async with _reached(api) as connection:
+            await store.find_ledger(connection, OPERATORS)  # any ledger does, or none: a schema without them does not
+    except AWAY:
+        return False
+    return True
+
+
 async def _derived(api: Api) -> tuple[dict[str, ViewHealth], LogsHealth] | None:
     """How the views do, and the logs; None where commands cannot be accepted."""
     try:
-        async with asyncio.timeout(DATABASE_SECONDS_MAX), api.pool.connection() as connection:
-            clock = api.committer.clock
-            if clock.stale:  # where no command comes, nobody else would notice that it was set right
-                await clock.measure(connection)
-            clock.now()
+        async with _reached(api) as connection:
             known, logs = await health(connection, VIEWS), await log_health(connection)
-    except (ClockSkew, TimeoutError, PoolTimeout, psycopg.Error):
+    except AWAY:
         return None
     views = {name: ViewHealth(view.lag_events, view.lag_seconds, view.state) for name, view in known.items()}
     return views, LogsHealth(logs.lag_events, logs.lag_seconds, logs.state, logs.refused)

@@ -157,6 +157,16 @@ async def test_the_open_routes_ask_for_no_token_and_status_does(client: httpx.As
     assert refused.headers["www-authenticate"] == "Bearer"
 
 
+async def test_it_is_ready_while_what_only_tells_of_views_and_logs_waits(
+    client: httpx.AsyncClient, database: Database
+) -> None:
+    with psycopg.connect(database.owner) as connection:
+        connection.execute("LOCK TABLE ledger.logs, projections.leases, projections.positions")
+        answer = await client.get("/health/ready")
+        assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+        assert (await client.get("/health")).status_code == 503
+
+
 async def test_status_is_for_any_token(client: httpx.AsyncClient, token: Token) -> None:
     answer = await client.get("/status", headers=token())
     assert answer.json() == {"status": "ok", "version": "0.1.0"}
