@@ -34,11 +34,15 @@ FAULTS_MAX = 100
 
 
 class Integrity(Struct):
-    """What was looked at, and what is wrong: one sentence each, with project and position; the first FAULTS_MAX."""
+    """What was looked at, and what is wrong: one sentence each, with project and position; the first FAULTS_MAX.
+
+    `notes` is what is not wrong, and must be known.
+    """
 
     ledgers: int = 0
     positions: int = 0
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, project_id: str, faults: Iterable[str]) -> None:
         room = FAULTS_MAX - len(self.faults)

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
-from ledger.checkpoint import Note
+from ledger.checkpoint import COSIGNATURE, Note, VerifierKey
 from ledger.commands import ChangeSession, OpenSession, Record
+from ledger.operations import OPERATORS, AddLogKey, RetireLogKey
+from ledger.signing import LogFiles
+from ledger.tree import Log
+from ledger.values import Actor
 from ops.integrity import Integrity, recompute
-from ops.trees import recompute_logs
+from ops.trees import compare_keys, recompute_logs
 from tests.conftest import Database
 from tests.ops.published import LARGE, Ledger, publishing
 
@@ -91,10 +95,12 @@ async def test_the_command_ends_well_where_all_is_whole_and_names_what_is_not(le
     held.write_bytes((await ledger.publish()).published)
     ended = await asyncio.to_thread(ledger.muniment, "verify", "database", held)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == "300 positions of 1 projects, and 1 logs: all recomputed, all whole\n"
+    said = "300 positions of 1 projects, and 1 logs: all recomputed, all whole"
+    assert ended.stdout.splitlines()[1:] == [said]
+    assert ended.stdout.startswith("operators: it says nothing of the keys that sign, so that whoever wrote them")
     ledger.tamper("UPDATE ledger.events SET entry = entry || ' ' WHERE position = 17")
     ended = await asyncio.to_thread(ledger.muniment, "verify", "database")
-    assert (ended.returncode, ended.stdout) == (1, "demo: 17: its leaf is not the hash of its bytes\n")
+    assert (ended.returncode, ended.stdout.splitlines()[0]) == (1, "demo: 17: its leaf is not the hash of its bytes")
 
 
 async def test_a_sealed_value_that_was_moved_is_named_though_all_was_hashed_and_signed(ledger: Ledger) -> None:
@@ -172,3 +178,167 @@ async def test_the_leaves_of_entries_are_recomputed_too(ledger: Ledger) -> None:
     async with ledger.pool.connection() as connection:
         found = await recompute(connection)
     assert found.faults == ["demo: 17: its leaf is not the hash of its bytes"]
+
+
+# Whose signatures are believed
+
+OPERATOR = Actor(issuer="muniment-terminal", sub="ops@here", kind="human", assurance="asserted", roles=("operator",))
+
+
+async def on_record(ledger: Ledger) -> None:
+    """The key that signs, as `muniment keys` would have it on record."""
+    key = VerifierKey.parse(await ledger.key())
+    operators = ledger._replace(project=OPERATORS)
+    await operators.give(AddLogKey(number=1, public=key.public.hex()), OPERATOR)
+
+
+async def compared(ledger: Ledger, *, production: bool = True) -> Integrity:
+    found = Integrity()
+    async with ledger.pool.connection() as connection:
+        await compare_keys(connection, found, may_be_made=not production)
+    return found
+
+
+async def test_keys_that_operators_added_and_retired_are_the_keys_of_the_database(ledger: Ledger) -> None:
+    for arguments in (["add"], ["retire", 1], ["add"]):
+        ended = await asyncio.to_thread(ledger.muniment, "keys", *arguments)
+        assert ended.returncode == 0, ended.stderr
+    assert await compared(ledger) == Integrity()
+    assert await compared(ledger, production=False) == Integrity()
+
+
+async def test_a_key_that_a_worker_made_by_itself_is_noted_in_development_and_a_fault_in_production(
+    ledger: Ledger,
+) -> None:
+    found = await compared(ledger, production=False)
+    assert (found.faults, len(found.notes)) == ([], 1)
+    found = await compared(ledger)
+    assert found.notes == []
+    expected = "operators: key 1 signs by what is in the database, and no event of this ledger added it"
+    assert found.faults == [expected]
+
+
+FORGED_KEYS = {
+    "INSERT INTO ledger.log_keys (number, public, added_at) VALUES (2, sha256('x'), now())": [
+        "operators: key 2 signs by what is in the database, and no event of this ledger added it"
+    ],
+    "UPDATE ledger.log_keys SET public = sha256('x')": [
+        "operators: key 1 has the public half 2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881, and"
+    ],
+    "UPDATE ledger.log_keys SET retired_at = now() + interval '1 hour'": ["operators: key 1 signs until 20"],
+    "DELETE FROM ledger.log_keys": ["operators: key 1 was added, and is not in the database"],
+    "UPDATE ledger.events SET entry = '{}' WHERE type = 'LogKeyAdded'": ["operators: what it says of the keys"],
+    "UPDATE ledger.events SET type = 'Unheard' WHERE type = 'LogKeyAdded'": ["operators: what it says of the keys"],
+}
+
+
+@pytest.mark.parametrize("statement", FORGED_KEYS)
+@pytest.mark.parametrize("production", [True, False])
+async def test_a_key_that_is_not_as_operators_left_it_is_named(
+    ledger: Ledger, statement: str, production: bool
+) -> None:
+    await on_record(ledger)
+    ledger.tamper(statement)
+    found = await compared(ledger, production=production)
+    assert len(found.faults) == len(FORGED_KEYS[statement]), found
+    assert found.faults[0].startswith(FORGED_KEYS[statement][0])
+
+
+async def test_a_retirement_that_was_taken_back_is_named(ledger: Ledger) -> None:
+    await on_record(ledger)
+    operators = ledger._replace(project=OPERATORS)
+    second = LogFiles(ledger.home / "keys").make(2)
+    await operators.give(AddLogKey(number=2, public=second.hex()), OPERATOR)
+    await operators.give(RetireLogKey(number=1), OPERATOR)
+    ended = await asyncio.to_thread(ledger.muniment, "keys", "retire", 1)  # which brings the table to that
+    assert (ended.returncode, await compared(ledger)) == (0, Integrity())
+    ledger.tamper("UPDATE ledger.log_keys SET retired_at = NULL")
+    (found,) = (await compared(ledger)).faults
+    assert found.startswith("operators: key 1 signs until further notice by what is in the database, and until 20")
+
+
+def resigned(log: Log, forged: LogFiles) -> list[str]:
+    """What a forger writes who has no key but one of their own."""
+    text = Note.parse(log.published).text
+    note = Note(text, (forged.signer(log.origin, 1, forged.make(1)).sign(text),))
+    return [f"UPDATE ledger.logs SET signed = '{note}', published = '{note}'"]
+
+
+async def test_only_the_keys_that_are_given_are_believed_whatever_the_database_has(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    key = await ledger.key()
+    await on_record(ledger)
+    ended = await asyncio.to_thread(ledger.muniment, "verify", "database", "--key", key)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    # Another key, on record as the first is, and a log that is signed anew by it.
+    forged = LogFiles(tmp_path / "forger")
+    public = forged.make(1).hex()
+    first = VerifierKey.parse(key).public.hex()
+    ledger.tamper(
+        f"UPDATE ledger.log_keys SET public = decode('{public}', 'hex')",
+        f"""UPDATE ledger.events SET entry =
+            convert_to(replace(convert_from(entry, 'UTF8'), '{first}', '{public}'), 'UTF8')
+            WHERE type = 'LogKeyAdded'""",
+        "UPDATE ledger.events SET leaf = sha256('\\000'::bytea || entry)",
+        *resigned(await ledger.publish(), forged),
+    )
+    ended = await asyncio.to_thread(ledger.muniment, "verify", "database")
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout
+    ended = await asyncio.to_thread(ledger.muniment, "verify", "database", "--key", key)
+    assert ended.returncode == 1
+    unknown = "no key that is known here has signed the note"
+    assert ended.stdout.splitlines() == [f"demo: its checkpoint, {what}: {unknown}" for what in ("signed", "published")]
+
+
+async def test_a_key_that_is_none_is_refused(ledger: Ledger) -> None:
+    witness = VerifierKey("witness.example", COSIGNATURE, bytes(32))
+    for text, said in (("x", "is not a verifier key"), (str(witness), "is the key of a witness")):
+        ended = await asyncio.to_thread(ledger.muniment, "verify", "database", "--key", text)
+        assert (ended.returncode, said in ended.stderr) == (1, True), ended.stderr
+
+
+# What should be there
+
+
+AGED = """UPDATE ledger.ledgers SET created_at = now() - interval '1 hour';
+    UPDATE ledger.log_keys SET added_at = now() - interval '1 hour'"""
+NO_LOG = "DELETE FROM ledger.logs; DELETE FROM ledger.tiles"
+EMPTY_LOG = """DELETE FROM ledger.tiles;
+    UPDATE ledger.logs SET size = 0, signed = NULL, published_size = 0, published = NULL, published_at = NULL"""
+MISSED = "demo: it has 300 events, and no log: it was removed, or no worker has signed since they came"
+
+
+@pytest.mark.parametrize(
+    ("statements", "expected"),
+    [
+        (
+            ["DELETE FROM ledger.logs"],
+            ["demo: tiles of its tree are there, and no log that has signed anything: it was"],
+        ),
+        ([NO_LOG], []),  # it may come any moment
+        ([NO_LOG, AGED], [MISSED]),
+        ([EMPTY_LOG, AGED], [MISSED]),
+        ([EMPTY_LOG, AGED, "UPDATE ledger.logs SET refused = 'no key'"], []),
+    ],
+)
+async def test_a_log_that_is_gone_is_missed(ledger: Ledger, statements: list[str], expected: list[str]) -> None:
+    ledger.tamper(*statements)
+    found = Integrity()
+    async with ledger.pool.connection() as connection:
+        await recompute_logs(connection, found)
+    assert [fault[: len(start)] for fault, start in zip(found.faults, expected, strict=True)] == expected
+
+
+async def test_a_log_that_is_gone_is_missed_where_others_are_there(ledger: Ledger) -> None:
+    other = ledger._replace(project="other")
+    await other.give(Record(kind="message.user"))
+    assert await faults(ledger) == []
+    ledger.tamper(AGED)
+    (found,) = await faults(ledger)
+    assert found.startswith("other: it has 1 events, and no log")
+    await other.publish()
+    async with ledger.pool.connection() as connection:
+        whole = Integrity()
+        assert await recompute_logs(connection, whole) == 2
+    assert whole.faults == []
