@@ -3,6 +3,7 @@
 Nothing is ever changed: what must be refused is tried in a transaction that is rolled back, and no key is made.
 """
 
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -310,6 +311,28 @@ async def logs(patient: Patient) -> Findings:
         yield Finding("logs", "ok", f"{len(known)} logs, signed by {signing} keys, {behind:,} events not published yet")
 
 
+async def signing(patient: Patient) -> Findings:
+    """Whether what signs checkpoints is for the worker alone, as far as the user that asks can tell."""
+    settings = patient.settings
+    if settings.mode != "production":
+        return
+    ((user, *_),) = await _rows(patient.connection, SQL.server)
+    directory = settings.log_keys_dir
+    readable = [path.name for path in sorted(directory.glob("log-*.secret")) if os.access(path, os.R_OK)]
+    advice = (
+        "set MUNIMENT_LOG_KEYS_DIR to a directory that the worker alone sees, and move log-*.secret and the directory "
+        "`signed` there: whoever takes over an API could sign any history with it"
+    )
+    if user == "muniment_api" and readable:
+        yield Finding(
+            "signing", "warning", f"who runs the API here can read {', '.join(readable)} in {directory}", advice
+        )
+    elif user != "muniment_api" and directory == settings.keys_dir:
+        yield Finding("signing", "warning", f"what signs is in {directory}, with the keys that the API reads", advice)
+    else:
+        yield Finding("signing", "ok", f"of what signs, {len(readable)} keys can be read here, in {directory}")
+
+
 async def keys(patient: Patient) -> Findings:
     """Whether each project's key file is here, and is the one it began with."""
     directory = patient.settings.keys_dir
@@ -380,5 +403,5 @@ async def integrity(patient: Patient) -> Findings:
 
 ON_MACHINE: tuple[Callable[[Settings], Findings], ...] = (mode, redis, disk)
 IN_DATABASE: tuple[Callable[[Patient], Findings], ...] = (
-    *(server, schema, roles, durability, clock, keys, lag, logs, pooler, integrity),
+    *(server, schema, roles, durability, clock, keys, signing, lag, logs, pooler, integrity),
 )

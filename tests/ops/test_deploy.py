@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -129,12 +130,61 @@ def test_every_process_has_possible_settings_and_none_that_nobody_reads(process:
 def test_every_process_runs_a_command_that_there_is(process: Process) -> None:
     command, bound, _ = app.parse_args(process.arguments, exit_on_error=False, print_error=False)
     assert callable(command)
-    assert len(bound.args) == len(process.arguments) - (2 if process.arguments[0] == "project" else 1)
+    assert len(bound.args) == len(process.arguments) - (2 if process.arguments[0] in ("project", "keys") else 1)
 
 
 def test_who_is_deployed_where_is_the_same_everywhere() -> None:
     kinds = [{process.arguments[0] for process in made()} for made in (of_compose, of_kubernetes, of_systemd)]
-    assert kinds[0] == kinds[1] == kinds[2] - {"project"} == {"migrate", "api", "worker"}
+    assert kinds[0] == kinds[1] == kinds[2] - {"project", "keys"} == {"migrate", "api", "worker"}
+
+
+# What signs checkpoints is the worker's
+
+
+def mounts_of_compose(name: str) -> dict[str, str]:
+    """By where it is mounted: which volume."""
+    return {mount.split(":")[1]: mount.split(":")[0] for mount in COMPOSE["services"][name].get("volumes", [])}
+
+
+def mounts_of_kubernetes(name: str) -> dict[str, str]:
+    """By where it is mounted: which secret."""
+    pod = pods()[name]
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    mounts = pod["containers"][0]["volumeMounts"]
+    return {mount["mountPath"]: secrets[mount["name"]] for mount in mounts if mount["name"] in secrets}
+
+
+@pytest.mark.parametrize(
+    ("mounts_of", "processes", "said"),
+    [(mounts_of_compose, of_compose(), "log-keys"), (mounts_of_kubernetes, of_kubernetes(), "muniment-log-keys")],
+)
+def test_no_container_but_the_workers_has_what_signs_checkpoints(
+    mounts_of: Callable[[str], dict[str, str]], processes: list[Process], said: str
+) -> None:
+    for process in processes:
+        name = process.where.split()[1]
+        held = [path for path, source in mounts_of(name).items() if source == said]
+        directory = process.environment.get("MUNIMENT_LOG_KEYS_DIR", "")
+        if name == "worker":
+            assert [path for path in held if Path(directory).is_relative_to(path)]
+            assert directory != process.environment.get("MUNIMENT_KEYS_DIR")
+        else:
+            assert held == []
+
+
+SIGNING = {"muniment-worker", "muniment-log-key"}
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+def test_no_unit_but_the_workers_sees_what_signs_checkpoints(path: Path) -> None:
+    said = unit(path)
+    (process,) = [one for one in of_systemd() if one.where == f"systemd {path.stem}"]
+    directory = Path(process.environment["MUNIMENT_LOG_KEYS_DIR"])
+    hidden = [value for key, value in said if key == "InaccessiblePaths"]
+    assert hidden == ([] if path.stem in SIGNING else [str(directory)])
+    # It is there before it is hidden; and nothing leads to it through another process of the same user.
+    assert str(directory.relative_to("/var/lib")) in dict(said)["StateDirectory"].split()
+    assert dict(said)["PrivateUsers"] == "yes"
 
 
 # The image
@@ -397,7 +447,7 @@ def test_a_unit_has_its_secrets_as_credentials_and_nothing_else_to_itself(path: 
     assert {name for _, name in named} == loaded == {"database_url"}
     known = dict(said)
     assert (known["User"], known["ProtectSystem"], known["NoNewPrivileges"]) == ("muniment", "strict", "yes")
-    assert (known["StateDirectory"], known["CapabilityBoundingSet"]) == ("muniment", "")
+    assert (known["StateDirectory"].split()[0], known["CapabilityBoundingSet"]) == ("muniment", "")
     if known.get("Type") != "oneshot":
         assert known["Restart"] == "always"
         assert known["KillMode"] == "mixed"

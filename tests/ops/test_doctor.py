@@ -19,6 +19,7 @@ from ledger.committer import Committer
 from ledger.embedded import EmbeddedServer
 from ledger.postgres import Connection, open_pool
 from ledger.settings import Settings
+from ledger.signing import LogFiles
 from ledger.values import Actor
 from ledger.vault import Vault
 from ops.checks import Finding, _room
@@ -279,6 +280,24 @@ async def test_key_files_are_compared_with_what_each_project_began_with(
     key.unlink()
     assert "is missing" in (await findings(environ, "keys"))[0].seen
     assert not key.exists()
+
+
+async def test_what_signs_is_for_the_worker_alone(database: Database, environ: dict[str, str], tmp_path: Path) -> None:
+    LogFiles(tmp_path / "keys").make(1)
+    assert await findings(environ, "signing") == []
+    api = environ | {"MUNIMENT_MODE": "production"}
+    worker = api | {"DATABASE_URL": database.worker}
+    (found,) = await findings(api, "signing")
+    assert (found.level, found.seen) == ("warning", f"who runs the API here can read log-1.secret in {tmp_path}/keys")
+    (found,) = await findings(worker, "signing")
+    assert (found.level, found.seen[:18]) == ("warning", "what signs is in /")
+    apart = {"MUNIMENT_LOG_KEYS_DIR": str(tmp_path / "log-keys")}
+    for process in (api, worker):  # where none is there yet, too
+        (found,) = await findings(process | apart, "signing")
+        assert (found.level, found.seen) == ("ok", f"of what signs, 0 keys can be read here, in {tmp_path}/log-keys")
+    LogFiles(tmp_path / "log-keys").make(1)
+    assert [found.level for found in await findings(api | apart, "signing")] == ["warning"]
+    assert [found.level for found in await findings(worker | apart, "signing")] == ["ok"]
 
 
 async def test_redis_is_asked_and_missing_is_no_problem(
