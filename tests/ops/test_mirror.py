@@ -1,6 +1,7 @@
 """`muniment publish`: a copy that anybody can verify, that follows its log, and that never follows another."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -143,5 +144,59 @@ async def test_another_directory_is_not_written_over(ledger: Ledger, tmp_path: P
     await publish(ledger, tmp_path / "log")
     path = tmp_path / "log/checkpoint"
     path.write_bytes(path.read_bytes().replace(b"localhost/", b"elsewhere/", 1))
-    with pytest.raises(MirrorError, match="The mirror is of elsewhere/"):
+    before = files_of(tmp_path / "log")
+    with pytest.raises(MirrorError, match=r"of another log: elsewhere/.*and this is localhost/.*Name a new directory"):
         await publish(ledger, tmp_path / "log")
+    assert files_of(tmp_path / "log") == before
+
+
+async def test_of_two_at_once_one_writes_and_the_other_says_so(ledger: Ledger, tmp_path: Path) -> None:
+    await grow(ledger, 600)
+    log, ledger_id = await ledger.publish(), await ledger.ledger_id()
+
+    async def written() -> int:
+        async with ledger.pool.connection() as connection:
+            return await write(connection, ledger_id, log, tmp_path / "log")
+
+    one, other = await asyncio.gather(written(), written(), return_exceptions=True)
+    assert one == 0
+    assert isinstance(other, MirrorError)
+    assert "Another `muniment publish` is writing to" in str(other)
+    assert await written() == 600
+    assert (await looked_at(ledger, tmp_path / "log")).faults == []
+
+
+async def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again(ledger: Ledger, tmp_path: Path) -> None:
+    await grow(ledger, 3)
+    await publish(ledger, tmp_path / "log")
+    for name in ("checkpoint", "keys.json"):  # as they are called until they are whole
+        (tmp_path / "log" / name).rename(tmp_path / "log" / f".{name}")
+    await publish(ledger, tmp_path / "log")
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["checkpoint", "keys.json", "tile"]
+    assert (await looked_at(ledger, tmp_path / "log")).faults == []
+
+
+async def test_all_is_on_the_disk_before_a_checkpoint_speaks_of_it(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def remembered(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    await grow(ledger, 300)
+    await ledger.give(Record(kind="message.user", body={"content": LARGE}))
+    log, directory = await ledger.publish(), tmp_path / "mirrors/log"
+    monkeypatch.setattr(os, "fsync", remembered)
+    async with ledger.pool.connection() as connection:
+        await write(connection, await ledger.ledger_id(), log, directory)
+    checkpoint = synced.index(directory / ".checkpoint")
+    files = [directory / path for path in files_of(directory) if path != "checkpoint"]
+    assert len(files) > 5
+    assert {path.with_name(f".{path.name}") for path in files} <= set(synced[:checkpoint])
+    names = {parent for path in files for parent in path.parents if parent.is_relative_to(tmp_path / "mirrors")}
+    last = max(index for index, path in enumerate(synced) if path.name in {f".{file.name}" for file in files})
+    assert names <= set(synced[last:checkpoint])
+    assert directory in synced[checkpoint:]
