@@ -164,12 +164,10 @@ def write_once(path: Path, content: bytes) -> None:
     """Make the file `path`, whole and durable, for our account alone, unless it is there. Raises OSError."""
     draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, content)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(content)  # all of it, or an error: a full disk may take a part
+            file.flush()
+            os.fsync(file.fileno())
         # A link, unlike a rename, never replaces. Dying before it leaves a draft that nothing uses;
         # dying after it, a second name of the key. Either may be removed.
         with suppress(FileExistsError):

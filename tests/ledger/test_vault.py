@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from psycopg_pool import AsyncConnectionPool
 from ledger.errors import MalformedRequest, StoreUnavailable
 from ledger.personal import check, subjects
 from ledger.postgres import Connection, Pool, open_pool, queries
-from ledger.project_key import UnusableKey
+from ledger.project_key import UnusableKey, write_once
 from ledger.vault import BrokenSeal, Place, Unprepared, Vault
 
 PLACE = Place(
@@ -597,6 +598,17 @@ def test_processes_that_race_to_make_a_key_file_agree(tmp_path: Path) -> None:
     seen = {racer.communicate(timeout=30)[0].strip() for racer in racers}
     assert seen == {path.read_bytes().hex()}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_disk_that_takes_a_part_of_a_key_file_keeps_none_of_it(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_once(tmp_path / "demo.key", bytes(32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_project_without_a_key_file_is_refused_where_none_may_be_made(
