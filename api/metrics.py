@@ -1,8 +1,9 @@
 """What operators watch: `/metrics`, in the form that Prometheus reads.
 
 These are this process's own counts, and what the database knows for all processes: how far the views are behind, what
-is being rebuilt, what waits for people. A worker has no HTTP server of its own unless it is given a port, so what
-there is one of is told here, by every API process alike. Where the database does not answer, that part is left out.
+is being rebuilt, what waits for people, what is still to be erased. A worker has no HTTP server of its own unless it
+is given a port, so what there is one of is told here, by every API process alike. Where the database does not answer,
+that part is left out.
 
 Open, as `/health` is, for nothing here is of a project or a person, and a scrape needs no identity; where more than
 operators reach the API, METRICS_TOKEN closes it.
@@ -13,6 +14,7 @@ import hmac
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -22,9 +24,14 @@ from psycopg_pool import PoolTimeout
 
 from api.health import DATABASE_SECONDS_MAX, probing
 from api.http import Answer, Api, Call, Requests
-from ledger.errors import Unauthenticated
+from api.resources import destroyed
+from ledger import store
+from ledger.errors import MunimentError, Unauthenticated
 from ledger.postgres import Connection
+from ledger.replay import fold_all
+from ledger.subjects import stream_of
 from ledger.telemetry import Exposed, counter, gauge, histogram, of_pool, of_process
+from ledger.values import moment
 from projections import VIEWS, approvals, health
 from projections.freshness import log_health
 from projections.rebuild import next_of, progress
@@ -34,6 +41,9 @@ if TYPE_CHECKING:
 
 APPROVALS_MAX = 10_000
 """How many that wait are looked at; where there are more, the count stops here, and everybody knows enough."""
+
+ERASURES_MAX = 500
+"""How many of a project that may not be finished are looked at."""
 
 AGES = ((60, "under 1 min"), (600, "1 to 10 min"), (3600, "10 to 60 min"), (86_400, "1 to 24 h"), (None, "over 24 h"))
 """Upper bounds in seconds, and what is under one and not under the bound before."""
@@ -83,10 +93,47 @@ async def _shared(api: Api) -> list["Metric"]:
     except (TimeoutError, PoolTimeout, psycopg.Error):
         up = 0
     families.append(gauge("muniment_database_up", "Whether the database answers.", {(): up}))
+    families += await _of_keys(api)
     if api.copy is not None:
         connected = float(await api.copy.connected())
         families.append(gauge("muniment_redis_up", "Whether Redis answers.", {(): connected}))
     return families
+
+
+async def _of_keys(api: Api) -> list["Metric"]:
+    """What is where the keys are, which may be another database."""
+    families: list[Metric] = []
+    up = 1
+    try:
+        async with asyncio.timeout(DATABASE_SECONDS_MAX):
+            families += await _of_erasures(api)
+    except (TimeoutError, PoolTimeout, MunimentError, psycopg.Error):
+        up = 0
+    return [*families, gauge("muniment_keys_up", "Whether it can be seen which keys are to be destroyed.", {(): up})]
+
+
+async def _of_erasures(api: Api) -> list["Metric"]:
+    """Erasures that are on record, while keys are there still that they are of. A key that is retired alone counts for
+    nothing: its erasure was refused, or is about to be recorded."""
+    since: list[datetime] = []
+    for project_id, subjects in (await api.vault.undestroyed()).items():
+        async with api.pool.connection() as connection:
+            ledger = await store.find_ledger(connection, project_id)
+            if ledger is None:
+                continue
+            streams = [stream_of(subject) for subject in subjects[:ERASURES_MAX]]
+            erasures = list(fold_all(await store.read_streams(connection, ledger.ledger_id, streams)).values())
+        done = await destroyed(api.vault, project_id, erasures)
+        since += [moment(one.erased_at) for one, gone in zip(erasures, done, strict=True) if not gone]
+    waited = max(((datetime.now(UTC) - at).total_seconds() for at in since), default=0.0)
+    return [
+        gauge("muniment_erasures_unfinished", "Erasures of which keys are there still.", {(): len(since)}),
+        gauge(
+            "muniment_erasures_unfinished_seconds",
+            "How long ago the oldest of them was recorded.",
+            {(): max(0.0, waited)},
+        ),
+    ]
 
 
 async def _of_views(connection: Connection) -> list["Metric"]:

@@ -35,6 +35,7 @@ Labels = frozenset[tuple[str, str]]
 Samples = dict[tuple[str, Labels], float]
 
 OF_A_WORKER_ALONE = {"muniment_projected_events_total", "muniment_projection_seconds_bucket"}
+OF_A_WORKER_ALONE |= {"muniment_publication_seconds_bucket", "muniment_publication_refusals_total"}
 
 
 def samples_of(text: str) -> Samples:
@@ -169,6 +170,46 @@ async def test_a_rebuild_says_how_far_it_is(client: httpx.AsyncClient, database:
     assert value(seen, "muniment_rebuild_events_done", view="records") == 3
     assert value(seen, "muniment_rebuild_events_wanted", view="records") == 4
     assert ("muniment_rebuild_events_done", frozenset({("view", "audit")})) not in seen
+
+
+async def test_an_erasure_that_does_not_finish_is_told_with_how_long_it_has_waited(
+    client: httpx.AsyncClient, token: Token, database: Database
+) -> None:
+    for subject in ("erased", "held", "kept"):
+        await client.post("/records", json={"kind": "a", "body": {"$personal": {"subject": subject, "value": "x"}}})
+    seen = await scraped(client)
+    assert (value(seen, "muniment_erasures_unfinished"), value(seen, "muniment_keys_up")) == (0, 1)
+    with psycopg.connect(database.owner, autocommit=True) as connection:
+        keys = connection.execute("SELECT subject, wrapped FROM keys.data_keys").fetchall()
+        operator = token("operator")
+        assert (await client.post("/holds", json={"subject": "held", "reason": "x"}, headers=operator)).is_success
+        answers = [
+            (await client.post("/erasures", json={"subject": subject, "ground": "x"}, headers=operator)).status_code
+            for subject in ("erased", "held")
+        ]
+        assert answers == [201, 409]
+        seen = await scraped(client)
+        assert value(seen, "muniment_erasures_unfinished") == value(seen, "muniment_erasures_unfinished_seconds") == 0
+        connection.execute("SET session_replication_role = replica")
+        for subject, wrapped in keys:  # as where nobody lived to destroy them
+            connection.execute("UPDATE keys.data_keys SET wrapped = %s WHERE subject = %s", [wrapped, subject])
+        seen = await scraped(client)
+        assert value(seen, "muniment_erasures_unfinished") == 1
+        first = value(seen, "muniment_erasures_unfinished_seconds")
+        assert 0 < first < 60
+        assert value(await scraped(client), "muniment_erasures_unfinished_seconds") > first
+        connection.execute("UPDATE keys.data_keys SET wrapped = NULL WHERE retired")
+        assert value(await scraped(client), "muniment_erasures_unfinished") == 0
+
+
+async def test_where_the_keys_are_away_it_is_told_and_the_rest_too(
+    database: Database, tmp_path: Path, token: Token
+) -> None:
+    app = create_app(settings_of(database, tmp_path, KEYS_DATABASE_URL=f"host={tmp_path} dbname=none"))
+    async with running(app, token("agent")) as client:
+        seen = await scraped(client)
+    assert (value(seen, "muniment_keys_up"), value(seen, "muniment_database_up")) == (0, 1)
+    assert not [name for name, _ in seen if name.startswith("muniment_erasures")]
 
 
 async def test_redis_is_told_up_and_down_and_what_it_answered(
