@@ -206,15 +206,21 @@ async def roles(patient: Patient) -> Findings:
     yield await _tried(user, patient.connection)
     for role in sorted(found.keys() - {user}):
         yield await _tried(role, patient.owner)
-    for role, table, rights in await _rows(patient.connection, SQL.rights, roles=list(found)):
-        advice = f"REVOKE {rights} ON ledger.{table} FROM {role}"
-        yield Finding("roles", "problem", f"{role} was granted {rights} on ledger.{table}", advice)
-    for table, trigger, exists in await _rows(patient.connection, SQL.triggers):
-        advice = f"ALTER TABLE ledger.{table} ENABLE TRIGGER {trigger}"
+    async for finding in _refusals(patient.connection):
+        yield finding
+
+
+async def _refusals(connection: Connection) -> Findings:
+    """What should refuse changes in that database, and does not."""
+    for role, table, rights in await _rows(connection, SQL.rights, roles=ROLES):
+        advice = f"REVOKE {rights} ON {table} FROM {role}"
+        yield Finding("roles", "problem", f"{role} was granted {rights} on {table}", advice)
+    for table, trigger, exists in await _rows(connection, SQL.triggers):
+        advice = f"ALTER TABLE {table} ENABLE TRIGGER {trigger}"
         if not exists:
             advice = f"CREATE TRIGGER {trigger} on it again, as migrations/schema.sql has it"
         state = "does not fire" if exists else "is missing"
-        yield Finding("roles", "problem", f"the trigger {trigger} on ledger.{table} {state}", advice)
+        yield Finding("roles", "problem", f"the trigger {trigger} on {table} {state}", advice)
 
 
 async def _tried(role: str, connection: Connection | None) -> Finding:
@@ -341,6 +347,8 @@ async def keys(patient: Patient) -> Findings:
     else:
         async with await connect(patient.settings.keys_database_url) as connection:
             known = await _rows(connection, SQL.project_keys)
+            async for finding in _refusals(connection):
+                yield finding
     good = 0
     for project, key_id in known:
         try:

@@ -12,15 +12,21 @@ SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid
 SELECT rolname, coalesce(rolconfig, '{}') FROM pg_roles WHERE rolname = ANY(%(roles)s)
 
 -- name: rights
--- What these roles may do to what was recorded, where they should not.
+-- What these roles may do to what was recorded, where they should not. Some columns of some tables they may update.
 SELECT r.rolname, t.name, string_agg(p.name, ', ' ORDER BY p.name)
 FROM pg_roles AS r
-CROSS JOIN unnest(ARRAY['events', 'payloads', 'commands', 'ledgers']) AS t (name)
+CROSS JOIN (
+    VALUES ('ledger.events', '{}'::text[]), ('ledger.payloads', '{}'), ('ledger.commands', '{}'),
+        ('ledger.ledgers', '{muniment_api,muniment_worker}'), ('ledger.logs', '{muniment_worker}'),
+        ('ledger.tiles', '{muniment_worker}'), ('ledger.log_keys', '{muniment_worker}'),
+        ('keys.data_keys', '{muniment_api,muniment_worker}')
+) AS t (name, updated_by)
 CROSS JOIN unnest(ARRAY['UPDATE', 'DELETE', 'TRUNCATE']) AS p (name)
-WHERE r.rolname = ANY(%(roles)s) AND NOT (t.name = 'ledgers' AND p.name = 'UPDATE') AND (
-    has_table_privilege(r.rolname, 'ledger.' || t.name, p.name)
-    OR p.name = 'UPDATE' AND has_any_column_privilege(r.rolname, 'ledger.' || t.name, 'UPDATE')
-)
+WHERE r.rolname = ANY(%(roles)s) AND to_regclass(t.name) IS NOT NULL
+    AND NOT (p.name = 'UPDATE' AND r.rolname = ANY(t.updated_by)) AND (
+        has_table_privilege(r.rolname, to_regclass(t.name), p.name)
+        OR p.name = 'UPDATE' AND has_any_column_privilege(r.rolname, to_regclass(t.name), 'UPDATE')
+    )
 GROUP BY r.rolname, t.name
 ORDER BY r.rolname, t.name
 
@@ -28,13 +34,13 @@ ORDER BY r.rolname, t.name
 -- The triggers that refuse changes, where they are missing or do not fire.
 SELECT t.name, t.trigger, g.tgname IS NOT NULL
 FROM (
-    VALUES ('events', 'append_only'), ('payloads', 'append_only'), ('commands', 'append_only'), ('ledgers', 'kept'),
-    ('logs', 'kept'), ('logs', 'only_grows'), ('tiles', 'kept'), ('tiles', 'only_grows'), ('log_keys', 'kept'),
-    ('log_keys', 'only_retired')
+    VALUES ('ledger.events', 'append_only'), ('ledger.payloads', 'append_only'), ('ledger.commands', 'append_only'),
+        ('ledger.ledgers', 'kept'), ('ledger.logs', 'kept'), ('ledger.logs', 'only_grows'), ('ledger.tiles', 'kept'),
+        ('ledger.tiles', 'only_grows'), ('ledger.log_keys', 'kept'), ('ledger.log_keys', 'only_retired'),
+        ('keys.data_keys', 'kept'), ('keys.data_keys', 'only_erased')
 ) AS t (name, trigger)
-LEFT JOIN pg_trigger AS g
-    ON g.tgrelid = ('ledger.' || t.name)::regclass AND g.tgname = t.trigger AND NOT g.tgisinternal
-WHERE coalesce(g.tgenabled NOT IN ('O', 'A'), true)
+LEFT JOIN pg_trigger AS g ON g.tgrelid = to_regclass(t.name) AND g.tgname = t.trigger AND NOT g.tgisinternal
+WHERE to_regclass(t.name) IS NOT NULL AND coalesce(g.tgenabled NOT IN ('O', 'A'), true)
 ORDER BY t.name, t.trigger
 
 -- name: durability

@@ -177,23 +177,34 @@ async def check(url: str, deployment: str | None, *, production: bool, wanted: M
             return  # not migrated yet: every answer is 503 until it is
 
 
+_UPDATE, _DELETE = "UPDATE {} SET ledger_id = ledger_id WHERE false", "DELETE FROM {} WHERE false"
+_REFUSED = {
+    _UPDATE: ("ledger.events", "ledger.payloads", "ledger.commands"),
+    _DELETE: (
+        *("ledger.events", "ledger.payloads", "ledger.commands", "ledger.ledgers"),
+        *("ledger.logs", "ledger.tiles", "ledger.log_keys", "keys.data_keys"),
+    ),
+}
+"""What is refused whatever the row: by triggers of the statement, which speak up although none is touched. Where a row
+may change in one way or another, that is for triggers of the row."""
+
+
 async def refuse_changes(connection: AsyncConnection[Any]) -> None:
     """Try to change what was recorded, as the role that `connection` has now; nothing stays of what is tried.
 
     Raises `MigrationError` where it is not refused.
     """
-    for table in (sql.Identifier("ledger", name) for name in ("events", "payloads", "commands")):
-        # The triggers are of the statement, so they speak up although no row is touched.
-        for attempt in ("UPDATE {} SET ledger_id = ledger_id WHERE false", "DELETE FROM {} WHERE false"):
+    for attempt, tables in _REFUSED.items():
+        for table in tables:
             try:
                 async with connection.transaction(force_rollback=True):
-                    await connection.execute(sql.SQL(attempt).format(table))
+                    await connection.execute(sql.SQL(attempt).format(sql.Identifier(*table.split("."))))
             except psycopg.errors.InsufficientPrivilege:
                 continue
             who = await (await connection.execute("SELECT current_user")).fetchone()
             raise MigrationError(
-                f"This database lets {who[0] if who else '?'!r} change {table.as_string()}, and in production Muniment "
-                f"does not start on such a one: connect as muniment_api or muniment_worker, and put the triggers back"
+                f"This database lets {who[0] if who else '?'!r} change {table}, and in production Muniment does not "
+                f"start on such a one: connect as muniment_api or muniment_worker, and put the triggers back"
             )
 
 

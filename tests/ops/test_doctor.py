@@ -173,7 +173,7 @@ LAST_MIGRATION = "(SELECT max(name) FROM muniment.migrations)"
         ),
         (
             ["GRANT UPDATE ON ledger.payloads TO muniment_api", "ALTER TABLE ledger.payloads DISABLE TRIGGER ALL"],
-            *("roles", "problem", """lets 'muniment_api' change "ledger"."payloads\"""", ""),
+            *("roles", "problem", """lets 'muniment_api' change ledger.payloads""", ""),
         ),
         (
             ["ALTER TABLE ledger.events DISABLE TRIGGER append_only"],
@@ -186,6 +186,25 @@ LAST_MIGRATION = "(SELECT max(name) FROM muniment.migrations)"
         (
             ["DROP TRIGGER only_grows ON ledger.tiles"],
             *("roles", "problem", "only_grows on ledger.tiles is missing", "CREATE TRIGGER only_grows"),
+        ),
+        (
+            ["GRANT UPDATE (size) ON ledger.logs TO muniment_api"],
+            *("roles", "problem", "muniment_api was granted UPDATE on ledger.logs", "REVOKE UPDATE ON ledger.logs"),
+        ),
+        (
+            ["ALTER TABLE keys.data_keys DISABLE TRIGGER only_erased"],
+            *("roles", "problem", "only_erased on keys.data_keys does not fire", "ENABLE TRIGGER only_erased"),
+        ),
+        *(
+            (
+                [f"GRANT DELETE ON {table} TO muniment_worker", f"ALTER TABLE {table} DISABLE TRIGGER kept"],
+                *("roles", "problem", f"lets 'muniment_worker' change {table}", ""),
+            )
+            for table in ("ledger.ledgers", "ledger.logs", "ledger.tiles", "ledger.log_keys")
+        ),
+        (
+            ["GRANT DELETE ON keys.data_keys TO muniment_api", "DROP TRIGGER kept ON keys.data_keys"],
+            *("roles", "problem", "lets 'muniment_api' change keys.data_keys", ""),
         ),
         (
             ["ALTER DATABASE {name} SET synchronous_commit = off"],
