@@ -19,6 +19,7 @@ from ops.bench import approvals, serving, table
 from ops.bench.burst import burst
 from ops.bench.load import requests
 from ops.bench.peers import PgBench, queue, stock
+from ops.bench.publishing import publishing
 from ops.bench.rebuilding import rebuilding
 from ops.bench.scale import scale
 from ops.bench.serving import PROJECT, Server, settled
@@ -240,6 +241,7 @@ PARTS: dict[str, Callable[[Stage], AbstractContextManager[Measures]]] = {
     "rebuilding": rebuilding,
     "burst": burst,
     "telemetry": telemetry,
+    "publishing": publishing,
     "scale": scale,
 }
 

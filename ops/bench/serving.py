@@ -82,11 +82,11 @@ def api(stage: Stage, database: str, **settings: str) -> Iterator[Server]:
 
 
 @contextmanager
-def worker(stage: Stage, database: str, **settings: str) -> Iterator[None]:
-    """One worker process of Muniment: every view follows."""
+def worker(stage: Stage, database: str, **settings: str) -> Iterator[int]:
+    """The id of one worker process of Muniment: every view follows."""
     told = ours(stage) | {"DATABASE_URL": stage.worker(database)} | settings
-    with process([sys.executable, "-P", "-m", "ops.cli", "worker", SUPERVISED], told):
-        yield
+    with process([sys.executable, "-P", "-m", "ops.cli", "worker", SUPERVISED], told) as running:
+        yield running.pid
 
 
 def settled(stage: Stage, database: str, seconds_max: float = SETTLED_SECONDS_MAX) -> float:
@@ -124,13 +124,14 @@ def process(command: list[str], settings: dict[str, str]) -> Iterator[subprocess
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process and its children have used so far; 0 where the system does not say (proc(5))."""
+    """What a process and its children, those that ended too, have used so far; 0 where the system does not say
+    (proc(5))."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0.0
-    own = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+    own = sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK")
     return own + sum(cpu_seconds(int(child)) for child in children)
 
 

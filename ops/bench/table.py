@@ -39,6 +39,10 @@ class Row(msgspec.Struct, frozen=True):
         return self.compared != "rate"
 
 
+PUBLISHED: list[tuple[str, float, Literal["cpu_us"] | None]] = [
+    ("", 0.9, None),
+    (": processor time of all processes", 1.11, "cpu_us"),
+]
 QUEUES = ("procrastinate", "pgqueuer", "pg-boss")
 
 ROWS = {
@@ -166,6 +170,21 @@ ROWS = {
             of="cpu_us",
         ),
     ],
+    "publishing": [
+        *(
+            Row(f"appends to {what}{more}", over, under, goal, of=of)
+            for what, over, under in (
+                ("one ledger, published / not", "one ledger, published", "one ledger, not published"),
+                ("one ledger, cosigned by two / not published", "one ledger, cosigned", "one ledger, not published"),
+                ("100 ledgers, published / not", "many ledgers, published", "many ledgers, not published"),
+            )
+            for more, goal, of in PUBLISHED
+        ),
+        *(
+            Row(f"from commit to covered by a checkpoint, p99 at {load} (ms, absolute)", f"covered, {load}", None, 2000)
+            for load in ("2,000 events/s", "100 commands a request")
+        ),
+    ],
     "scale": [
         *(
             Row(
@@ -208,6 +227,12 @@ NOTES = {
     "telemetry": [
         "- telemetry: one command a request; what is counted is counted in either case, and traces are sent to a",
         "  collector on this machine",
+    ],
+    "publishing": [
+        "- publishing: 32 callers in a process of their own, or one for each of 100 ledgers (fewer in rounds under",
+        "  1 s), and a worker with every view; where it does not publish, all else is the same. Processor time is that",
+        "  of callers, worker and PostgreSQL, until the views have all of it, and the log. Two witnesses run on this",
+        "  machine too. Covered: from when an event can first be seen, while the views follow as well",
     ],
     "scale": [
         f"- the small ledger has {SMALL_EVENTS:,} events (or a tenth of the large one's), the other one as many as",
