@@ -24,7 +24,7 @@ def bench(
     events: int = 10_000_000,
     keep: Path | None = None,
 ) -> None:
-    """All parts but `rebuilding` and `scale` take three quarters of an hour, and write RESULTS.md; some only print.
+    """All parts but `rebuilding`, `proofs` and `scale` take an hour, and write RESULTS.md; some only print.
 
     Parameters
     ----------
@@ -33,7 +33,8 @@ def bench(
     seconds
         How long one measurement takes.
     events
-        How large the large ledger of `scale` is. To fill one of ten million takes half an hour and 30 GB.
+        How large the large ledger of `scale` is, and that of `proofs`. To fill one of ten million takes half an hour
+        and 30 GB.
     keep
         A directory where that ledger is kept, to be used again by the next run of the same release that is told so.
     """

@@ -25,10 +25,15 @@ class Caller(asyncio.Protocol):
     async def ask(self, method: str, path: str, said: Any = None, *, known: str | None = None) -> Any:
         """What was answered; None if it is still what is `known`, an entity tag. Raises ValueError if it was refused,
         and ConnectionError."""
+        body = await self.fetch(method, path, said, known=known)
+        return msgspec.json.decode(body) if body else None
+
+    async def fetch(self, method: str, path: str, said: Any = None, *, known: str | None = None) -> bytes:
+        """The same, as it was answered, whatever it is."""
         status, body = await self._exchange(self._request(method, path, said, known))
         if status >= 400:
             raise ValueError(f"{method} {path} was answered with {status}: {body.decode()}")
-        return msgspec.json.decode(body) if body else None
+        return body
 
     def close(self) -> None:
         if self._transport is not None:

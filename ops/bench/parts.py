@@ -17,8 +17,10 @@ from psycopg import sql
 
 from ops.bench import approvals, serving, table
 from ops.bench.burst import burst
+from ops.bench.erasing import erasing
 from ops.bench.load import requests
 from ops.bench.peers import PgBench, queue, stock
+from ops.bench.proofs import proofs
 from ops.bench.publishing import publishing
 from ops.bench.rebuilding import rebuilding
 from ops.bench.scale import scale
@@ -242,10 +244,12 @@ PARTS: dict[str, Callable[[Stage], AbstractContextManager[Measures]]] = {
     "burst": burst,
     "telemetry": telemetry,
     "publishing": publishing,
+    "proofs": proofs,
+    "erasing": erasing,
     "scale": scale,
 }
 
-ONLY_NAMED = ("rebuilding", "scale")
+ONLY_NAMED = ("rebuilding", "proofs", "scale")
 """Parts that take so long that they only run when they are named."""
 
 

@@ -80,7 +80,7 @@ def scale(stage: Stage) -> Iterator[dict[str, Measure]]:
     other also stays there, so that both are read as what is being written is: the latest pages are never tidy."""
     with ExitStack() as ends:
         home = ends.enter_context(kept_stage(stage.keep, stage.seconds)) if stage.keep else stage
-        databases = {"small": home.new_database(), "large": _kept(home, f"events_{stage.events}")}
+        databases = {"small": home.new_database(), "large": kept(home, f"events_{stage.events}")}
         for database, events in (
             (databases["small"], min(SMALL_EVENTS, stage.events // 10)),
             (databases["large"], stage.events),
@@ -113,7 +113,7 @@ def _append(stage: Stage, database: str) -> Figures:
 # Filling
 
 
-def _kept(stage: Stage, database: str) -> str:
+def kept(stage: Stage, database: str) -> str:
     """The database of that name: what an earlier run left, as it is, or a new one."""
     with psycopg.connect(stage.server.url()) as connection:
         there = connection.execute("SELECT FROM pg_database WHERE datname = %s", [database]).rowcount

@@ -185,6 +185,17 @@ ROWS = {
             for load in ("2,000 events/s", "100 commands a request")
         ),
     ],
+    "proofs": [
+        Row("an inclusion proof over HTTP out of the large ledger, p99 (ms, absolute)", "inclusion proof", None, 10),
+        Row(
+            "events of a mirror verified (a second of one core, absolute)", "mirror verified", None, 100_000, of="rate"
+        ),
+    ],
+    "erasing": [
+        Row("an erasure over HTTP, p99 (ms, absolute)", "erasures", None),
+        Row("reads of a record, with a sealed value / with none", "records, sealed", "records, plain"),
+        Row("reads of a record, with a value that was erased / with none", "records, erased", "records, plain"),
+    ],
     "scale": [
         *(
             Row(
@@ -233,6 +244,10 @@ NOTES = {
         "  1 s), and a worker with every view; where it does not publish, all else is the same. Processor time is that",
         "  of callers, worker and PostgreSQL, until the views have all of it, and the log. Two witnesses run on this",
         "  machine too. Covered: from when an event can first be seen, while the views follow as well",
+    ],
+    "proofs": [
+        "- proofs: of a ledger of as many events as --events says, one at a time; the mirror is of as many, or of a",
+        "  million where that is less, and what it takes is the processor time of `muniment verify`, from start to end",
     ],
     "scale": [
         f"- the small ledger has {SMALL_EVENTS:,} events (or a tenth of the large one's), the other one as many as",
