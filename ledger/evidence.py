@@ -12,7 +12,7 @@ All that the manifest says, but for what was asked for, follows from the entries
 """
 
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Literal
 from uuid import UUID
@@ -23,7 +23,18 @@ from msgspec import Struct
 from ledger.checkpoint import Checkpoint, InclusionProof, InvalidNote, Note
 from ledger.merkle import InvalidProof, check_inclusion, leaf_hash
 from ledger.values import Stamp
-from ledger.verify import FAULTS_MAX, OPAQUE, Order, Read, Trust, Verdict, read_checkpoint
+from ledger.verify import (
+    FAULTS_MAX,
+    OPAQUE,
+    UNREADABLE,
+    Order,
+    Read,
+    Stated,
+    Time,
+    Trust,
+    Verdict,
+    read_checkpoint,
+)
 
 
 class Asked(Struct, kw_only=True, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -34,8 +45,14 @@ class Asked(Struct, kw_only=True, frozen=True, omit_defaults=True, forbid_unknow
     approval: UUID | None = None
     first: int | None = None
     last: int | None = None
-    since: Stamp | None = None
-    until: Stamp | None = None
+    since: Time | None = None
+    until: Time | None = None
+
+    def __post_init__(self) -> None:
+        given = {name for name in self.__struct_fields__ if getattr(self, name) is not None}
+        is_stretch = {"first", "last"} <= given <= {"first", "last", "since", "until"}
+        if not (given in ({"session"}, {"approval"}) or (is_stretch and 1 <= (self.first or 0) <= (self.last or 0))):
+            raise ValueError("it asks for none of a session, an approval, and positions from a first to a last")
 
     def __str__(self) -> str:
         if self.session or self.approval:
@@ -47,8 +64,9 @@ class Asked(Struct, kw_only=True, frozen=True, omit_defaults=True, forbid_unknow
 class Completeness(Struct, kw_only=True, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Whether that is all of what was asked for.
 
-    `proven`: each position from `first` to `last` is here. `gap`: what is named in `missing` was recorded, and is not
-    here. `not_established`: no more is shown than that what is here was recorded.
+    `proven`: each position from `first` to `last` is here, and of a time those beside them, which are not of it.
+    `gap`: what is named in `missing` was recorded, and is not here. `not_established`: no more is shown than that what
+    is here was recorded.
     """
 
     state: Literal["proven", "gap", "not_established"]
@@ -72,21 +90,18 @@ class Manifest(Struct, kw_only=True, frozen=True, omit_defaults=True, forbid_unk
     last_recorded_at: Stamp | None = None
     completeness: Completeness
 
+    def __post_init__(self) -> None:
+        at = 0
+        for first, last in self.runs:
+            if not at < first <= last:
+                raise ValueError("its runs of positions do not follow each other")
+            at = last
+
     def encode(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2) + b"\n"
 
 
 MISSING_MAX = 100
-
-
-class _Entry(Struct, gc=False):
-    type: str
-    stream_type: str
-    stream_id: str
-    stream_version: int
-    recorded_at: Stamp
-    session_id: str | None = None
-    data_sha256: str | None = None
 
 
 class Inventory:
@@ -98,11 +113,10 @@ class Inventory:
         self._types: dict[str, int] = defaultdict(int)
         self._versions: dict[str, list[int]] = defaultdict(list)
         self._times: list[Stamp] = []
+        self._beside: dict[str, Stamp] = {}
         self._payloads = 0
 
-    def take(self, position: int, entry: bytes) -> None:
-        """Raises msgspec's errors where that is no event."""
-        seen = _decoder.decode(entry)
+    def take(self, position: int, seen: Stated) -> None:
         if self._runs and self._runs[-1][1] == position - 1:
             self._runs[-1][1] = position
         else:
@@ -111,7 +125,12 @@ class Inventory:
         if seen.stream_type != OPAQUE:
             self._versions[seen.stream_id].append(seen.stream_version)
         self._times = [*self._times[:1], seen.recorded_at]
-        self._payloads += seen.data_sha256 is not None
+        if self._asked.first is not None and self._asked.last is not None:
+            if position == self._asked.first - 1:
+                self._beside["before"] = seen.recorded_at
+            if position == self._asked.last + 1:
+                self._beside["after"] = seen.recorded_at
+        self._payloads += bool(seen.data_sha256)
 
     def manifest(self) -> Manifest:
         return Manifest(
@@ -132,18 +151,31 @@ class Inventory:
         first, last = self._asked.first or 0, self._asked.last or 0
         missing, at = [], first
         for begin, end in [*self._runs, [last + 1, last + 1]]:
-            if begin > at:
-                missing.append(f"positions {at} to {begin - 1}")
-            at = end + 1
+            if at < min(begin, last + 1):
+                missing.append(f"positions {at} to {min(begin, last + 1) - 1}")
+            at = max(at, end + 1)
         if missing:
             because = "positions are dense, and these are not here"
             return Completeness(state="gap", because=because, missing=tuple(missing[:MISSING_MAX]))
         because = f"each position from {first} to {last} is here, and proven to stand there"
-        if self._asked.since or self._asked.until:
-            because += (
-                "; that no other is of that time follows if times never decrease, which a look at the whole log shows"
-            )
+        if not (self._asked.since or self._asked.until):
+            return Completeness(state="proven", because=because)
+        if not self._is_between(first, last):
+            because += "; that those before and behind are not of that time is not shown"
+            return Completeness(state="not_established", because=because)
+        because += (
+            "; those beside them are not of that time, and so no other is if times never decrease, which a look at the "
+            "whole log shows"
+        )
         return Completeness(state="proven", because=because)
+
+    def _is_between(self, first: int, last: int) -> bool:
+        """Whether what stands before and behind is here, and not of the time that was asked for."""
+        since, until, size = self._asked.since, self._asked.until, self._checkpoint.size
+        before, after = self._beside.get("before"), self._beside.get("after")
+        begins = first == 1 or (since is not None and before is not None and before < since)
+        ends = last == size or (until is not None and after is not None and after >= until)
+        return begins and ends
 
     def _of_streams(self) -> Completeness:
         missing = [
@@ -162,39 +194,50 @@ class Inventory:
         return Completeness(state="not_established", because=because)
 
 
-_decoder = msgspec.json.Decoder(_Entry)
+BESIDE = {"keys.json", "report.html"}
+"""What no entry speaks of: whom to believe is for the caller to say, and the report is told from the entries."""
 
 
-def verify_bundle(read: Read, trust: Trust) -> tuple[Verdict, Manifest | None]:
-    """Compute every proof again, and all that the manifest says of the entries."""
+def verify_bundle(read: Read, names: Collection[str], trust: Trust) -> tuple[Verdict, Manifest | None]:
+    """Compute every proof again, and all that the manifest says of the entries. `names`: of all files there are."""
     verdict = Verdict()
+    seen = set(BESIDE)
+
+    def noted(path: str) -> bytes:
+        seen.add(path)
+        return read(path)
+
     where = "manifest.json"
     try:
-        said = msgspec.json.decode(read(where), type=Manifest)
+        said = msgspec.json.decode(noted(where), type=Manifest)
         where = "checkpoint"
-        content = read(where)
+        content = noted(where)
         verdict.signed = read_checkpoint(content, trust)
     except FileNotFoundError:
         verdict.add(where, "it is missing")
         return verdict, None
-    except (msgspec.MsgspecError, ValueError) as error:
+    except UNREADABLE as error:
         verdict.add(where, str(error))
         return verdict, None
     note, checkpoint = Note.parse(content), verdict.signed.checkpoint
+    if (said.asked.last or 0) > checkpoint.size:
+        verdict.add(
+            "manifest.json", "it asks for positions that the log has not", str(checkpoint.size), str(said.asked.last)
+        )
     found = Inventory(said.asked, checkpoint)
     order = Order(checkpoint.origin, complete=False)
-    for first, last in said.runs:
-        for position in range(first, last + 1):
-            entry = _proven(position, read, note, checkpoint, verdict)
-            if entry is None:
-                if verdict.faulty >= FAULTS_MAX:
-                    return verdict, said  # nothing more is there
-                continue
+    for position in (position for first, last in said.runs for position in range(first, last + 1)):
+        entry = _proven(position, noted, note, checkpoint, verdict)
+        if entry is not None:
             verdict.entries += 1
-            order.check(position, entry, read, verdict)
-            with suppress(msgspec.MsgspecError, ValueError, RecursionError):  # which is a fault already
-                found.take(position, entry)
+            stated = order.check(position, entry, noted, verdict)
+            if stated is not None:
+                found.take(position, stated)
+        elif verdict.faulty >= FAULTS_MAX:
+            return verdict, said  # nothing more is there
     _compare(said, found.manifest(), verdict)
+    for name in sorted(set(names) - seen):
+        verdict.add(name, "nothing in the bundle is about it, and it was not looked at")
     return verdict, said
 
 

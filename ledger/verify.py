@@ -27,6 +27,10 @@ Read = Callable[[str], bytes]
 """The content of a file by its path. Raises FileNotFoundError where there is none."""
 
 FAULTS_MAX = 100
+UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What is raised of bytes that are not the JSON they should be."""
+Time = Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z$(?!\n)")]
+"""As Muniment writes it, so that times sort as text."""
 OPAQUE = "aggregate"
 """The type of streams that another program writes through Muniment, and numbers as it likes."""
 
@@ -123,6 +127,27 @@ def verify_proof(content: bytes, entry: bytes, trust: Trust) -> tuple[int, Signe
     return proof.index + 1, signed
 
 
+class Stated(Struct, gc=False):
+    """What an entry says of itself, of all that it says."""
+
+    type: str
+    ledger: str
+    stream_type: str
+    stream_id: str
+    stream_version: int
+    recorded_at: Time
+    data_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")] = ""
+    data_bytes: int = 0
+
+    @staticmethod
+    def of(entry: bytes) -> "Stated":
+        """Raises what is in UNREADABLE where that is no event."""
+        return _stated.decode(entry)
+
+
+_stated = msgspec.json.Decoder(Stated)
+
+
 class Order:
     """What entries say of themselves, looked at in the order of their positions; what lies between may be missing."""
 
@@ -132,13 +157,13 @@ class Order:
         self._versions: dict[str, int] = {}
         self._recorded_at = ""
 
-    def check(self, position: int, entry: bytes, read: Read, verdict: Verdict) -> None:
-        """Name what contradicts the entries before this one, or the payload beside it."""
+    def check(self, position: int, entry: bytes, read: Read, verdict: Verdict) -> Stated | None:
+        """What an entry says of itself; what contradicts those before it, or the payload beside it, is a fault."""
         try:
-            seen = _stated.decode(entry)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            seen = Stated.of(entry)
+        except UNREADABLE as error:
             verdict.add(position, f"its bytes are no event: {error}")
-            return
+            return None
         if seen.ledger != self._ledger:
             verdict.add(position, "it was written for another ledger", self._ledger, seen.ledger)
         before = self._versions.get(seen.stream_id, 0)
@@ -152,25 +177,13 @@ class Order:
         self._recorded_at = seen.recorded_at
         if seen.data_sha256:
             _check_payload(position, seen, read, verdict)
+        return seen
 
     def _follows(self, before: int, version: int) -> bool:
         return version == before + 1 if self._complete else version > before
 
 
-class _Stated(Struct, gc=False):
-    ledger: str
-    stream_type: str
-    stream_id: str
-    stream_version: int
-    recorded_at: str
-    data_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")] = ""
-    data_bytes: int = 0
-
-
-_stated = msgspec.json.Decoder(_Stated)
-
-
-def _check_payload(position: int, seen: _Stated, read: Read, verdict: Verdict) -> None:
+def _check_payload(position: int, seen: Stated, read: Read, verdict: Verdict) -> None:
     verdict.payloads += 1
     try:
         payload = read(f"payload/{seen.data_sha256}")

@@ -30,7 +30,7 @@ from ledger.store import Stored
 from ledger.tree import Log
 from ledger.values import stamp
 from ledger.vault import Vault
-from ledger.verify import Trust, read_checkpoint
+from ledger.verify import Stated, Trust, read_checkpoint
 from ledger.witness import read_witnesses
 from ops import OperatorError
 from ops.desk import reached
@@ -169,8 +169,12 @@ async def _asked(
             first = 1 + (await past.find(connection, source.ledger_id, _before(since))).position
         if until is not None:
             last = min(size, (await past.find(connection, source.ledger_id, _before(until))).position)
+    if first > last:
+        raise EvidenceError("nothing published is of that time")
     times = [None if time is None else stamp(time) for time in (since, until)]
-    return Asked(first=first, last=last, since=times[0], until=times[1]), range(first, last + 1)
+    # With those beside them, where there are any: only they show that nothing else is of that time.
+    positions = range(max(first - 1, 1), min(last + 1, size) + 1)
+    return Asked(first=first, last=last, since=times[0], until=times[1]), positions
 
 
 def _before(moment: datetime) -> datetime:
@@ -236,7 +240,7 @@ async def write(
                 rows = await store.read_positions(connection, source.ledger_id, some)
                 proofs = await _proofs(connection, source, some)
             for row in rows:
-                inventory.take(row.position, row.entry)
+                inventory.take(row.position, Stated.of(row.entry))
                 _add(archive, f"entries/{row.position}.json", row.entry)
                 _add(archive, f"proofs/{row.position}.tlog-proof", proofs[row.position])
                 if row.payload is not None:

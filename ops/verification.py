@@ -181,17 +181,21 @@ def _bundle(path: Path, trust: Trust, told: Told, report: Path | None) -> Signed
             return None
         read = in_archive(archive)
         trust = _trusting(trust, read, path, told)
-        found, manifest = verify_bundle(read, trust)
+        found, manifest = verify_bundle(read, names, trust)
         if report is not None and manifest and found.signed and not found.faulty:
             report.write_text(report_of(manifest, found.signed, read), "utf-8")
     asked = f", {manifest.asked}" if manifest else ""
     told.verdict(f"{path}: {found.entries:,} entries{asked}", found)
-    if manifest:
-        complete = manifest.completeness
-        print(f"  completeness: {complete.state.replace('_', ' ')}: {complete.because}")
-        for missing in complete.missing:
-            print(f"    {missing}")
-    return None if found.faulty else found.signed
+    if manifest is None or found.faulty:
+        return None
+    complete = manifest.completeness
+    print(f"  completeness: {complete.state.replace('_', ' ')}: {complete.because}")
+    for missing in complete.missing:
+        print(f"    {missing}")
+    told.not_shown += complete.state == "gap"
+    if "report.html" in names:
+        print("  its report.html was not looked at: it is no evidence (--report makes one of these entries)")
+    return found.signed
 
 
 def _proof(path: Path, entry: Path | None, trust: Trust, told: Told) -> Signed | None:

@@ -10,7 +10,7 @@ import pytest
 from ledger.checkpoint import ED25519, SignerKey
 from ledger.events import FactRecorded
 from ledger.evidence import Asked, Inventory, Manifest, verify_bundle
-from ledger.verify import FAULTS_MAX
+from ledger.verify import FAULTS_MAX, Stated
 from tests.ledger.written import (
     LARGE,
     ORIGIN,
@@ -35,14 +35,14 @@ def bundle(asked: Asked, positions: Sequence[int], history: Sequence[bytes] = HI
     note = signed(checkpoint_of(history))
     files: Files = {"checkpoint": note}
     for position in positions:
-        found.take(position, history[position - 1])
+        found.take(position, Stated.of(history[position - 1]))
         files[f"entries/{position}.json"] = history[position - 1]
         files[f"proofs/{position}.tlog-proof"] = proof_of(history, position, note)
     return files | {"manifest.json": found.manifest().encode()}
 
 
 def looked_at(files: Files) -> tuple[list[str], Manifest | None]:
-    found, manifest = verify_bundle(reader(files), TRUST)
+    found, manifest = verify_bundle(reader(files), files, TRUST)
     assert (found.faulty == 0) == (found.faults == [])
     return [str(fault) for fault in found.faults], manifest
 
@@ -60,6 +60,86 @@ def test_a_stretch_is_proven_to_be_whole() -> None:
 
 def test_what_is_missing_from_a_stretch_is_a_gap_that_is_named() -> None:
     assert state(bundle(STRETCH, [4, 5, 7])) == ("gap", ("positions 3 to 3", "positions 6 to 6"))
+
+
+def at(position: int) -> str:
+    return f"2026-11-21T09:00:00.{position:06}Z"
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "positions"),
+    [
+        (at(3), at(8), range(2, 9)),  # those before and behind are here
+        (None, at(8), range(1, 9)),  # there is none before the first
+        (at(35), None, range(34, 41)),  # and none behind the last
+        (at(35), "2027-01-01T00:00:00.000000Z", range(34, 41)),
+        (None, "2027-01-01T00:00:00.000000Z", range(1, 41)),
+    ],
+)
+def test_a_time_is_proven_by_those_beside_it(since: str | None, until: str | None, positions: range) -> None:
+    asked = Asked(first=int(since[-5:-1]) if since else 1, last=7 if until == at(8) else 40, since=since, until=until)
+    assert state(bundle(asked, positions)) == ("proven", ())
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "positions"),
+    [
+        (at(3), at(8), range(3, 9)),  # the one before is not here
+        (at(3), at(8), range(2, 8)),  # nor the one behind
+        (at(2), at(8), range(2, 9)),  # it is here, and of that time
+        (at(3), at(9), range(2, 9)),
+        (None, at(8), range(2, 9)),  # whatever is before would be of that time
+        (at(3), None, range(2, 9)),
+    ],
+)
+def test_of_a_time_whose_neighbours_are_not_outside_of_it_nothing_is_established(
+    since: str | None, until: str | None, positions: range
+) -> None:
+    asked = Asked(first=3, last=7, since=since, until=until)
+    assert state(bundle(asked, positions)) == ("not_established", ())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"first": 1},
+        {"last": 1},
+        {"first": 0, "last": 1},
+        {"first": 2, "last": 1},
+        {"session": str(SESSION), "approval": str(SESSION)},
+        {"session": str(SESSION), "first": 1, "last": 2},
+        {"session": str(SESSION), "since": at(1)},
+        {"since": at(1)},
+        {"first": 1, "last": 2, "since": "yesterday"},
+    ],
+)
+def test_what_was_asked_for_has_one_form(asked: dict[str, Any]) -> None:
+    faults, manifest = looked_at(with_manifest(bundle(STRETCH, range(3, 8)), asked=asked))
+    assert (len(faults), manifest) == (1, None)
+    assert faults[0].startswith("manifest.json: ")
+
+
+def test_a_stretch_does_not_end_behind_the_log() -> None:
+    files = bundle(Asked(first=38, last=41), range(38, 41))
+    assert looked_at(files)[0] == ["manifest.json: it asks for positions that the log has not (expected 40, found 41)"]
+
+
+@pytest.mark.parametrize("runs", [[[3, 7], [3, 7]], [[3, 5], [5, 7]], [[6, 7], [3, 5]], [[7, 3]], [[0, 7]]])
+def test_runs_follow_each_other(runs: list[list[int]]) -> None:
+    faults, _ = looked_at(with_manifest(bundle(STRETCH, range(3, 8)), runs=runs))
+    assert faults == ["manifest.json: its runs of positions do not follow each other"]
+
+
+@pytest.mark.parametrize(
+    "name", ["entries/8.json", "entries/03.json", "payload/0", "readme.txt", "", "/entries/3.json"]
+)
+def test_a_file_that_nothing_is_about_is_a_fault(name: str) -> None:
+    files = bundle(STRETCH, range(3, 8)) | {"keys.json": b"{}", "report.html": b"all is well"}
+    assert looked_at(files)[0] == []
+    assert looked_at(files | {name: b"{}"})[0] == [
+        f"{name}: nothing in the bundle is about it, and it was not looked at"
+    ]
 
 
 def test_of_a_session_a_version_that_is_missing_is_a_gap() -> None:

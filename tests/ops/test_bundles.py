@@ -96,7 +96,8 @@ async def exported(ledger: Ledger, path: Path, vault: Vault | None = None, **ask
 
 async def verified(ledger: Ledger, path: Path) -> Manifest:
     with ZipFile(path) as archive:
-        found, manifest = verify_bundle(in_archive(archive), Trust([VerifierKey.parse(await ledger.key())]))
+        trust = Trust([VerifierKey.parse(await ledger.key())])
+        found, manifest = verify_bundle(in_archive(archive), archive.namelist(), trust)
     assert found.faults == []
     assert manifest is not None
     return manifest
@@ -185,6 +186,7 @@ async def test_a_time_is_the_stretch_that_was_recorded_then(ledger: Ledger, tmp_
     manifest = await exported(ledger, tmp_path / "b.zip", since=times[3], until=times[9])
     first, last = times.index(times[3]) + 1, times.index(times[9])
     assert (manifest.asked.first, manifest.asked.last) == (first, last)
+    assert manifest.runs == ((first - 1, last + 1),)
     assert (await verified(ledger, tmp_path / "b.zip")).completeness.state == "proven"
     assert whole.entries == 12
 
@@ -253,6 +255,7 @@ async def test_what_cannot_be_exported_is_said(ledger: Ledger, tmp_path: Path) -
         (["--session", session, "--range", "1:2"], "say what to export"),
         (["--session", uuid7()], "nothing published is of session"),
         (["--since", "2026-01-01T00:00:00"], "says not of which zone it is"),
+        (["--since", "2100-01-01T00:00:00Z"], "nothing published is of that time"),
     ):
         ended = await asyncio.to_thread(ledger.muniment, "evidence", "export", "--project", "demo", *arguments)
         assert ended.returncode == 1

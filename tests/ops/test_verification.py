@@ -183,6 +183,23 @@ def test_a_bundle_is_shown_and_what_is_changed_in_it_named(tmp_path: Path) -> No
     assert "  5: it is not shown that its bytes stand there: the proof leads to another root" in said
 
 
+def test_a_bundle_with_a_gap_is_not_all_that_was_asked_for(tmp_path: Path) -> None:
+    files = bundle(Asked(first=3, last=7), [3, 4, 6, 7], HISTORY)
+    code, said = verify(archive(tmp_path / "gap.zip", files), "--key", KEY)
+    assert (code, "completeness: gap: " in said, "positions 5 to 5" in said) == (2, True, True)
+
+
+def test_of_a_bundle_with_faults_no_completeness_is_told_and_of_a_report_that_it_was_not_looked_at(
+    tmp_path: Path,
+) -> None:
+    files = bundle(Asked(first=3, last=7), range(3, 8), HISTORY) | {"report.html": b"all is well"}
+    code, said = verify(archive(tmp_path / "whole.zip", files), "--key", KEY)
+    assert (code, "completeness: proven" in said, "its report.html was not looked at" in said) == (0, True, True)
+    code, said = verify(archive(tmp_path / "more.zip", files | {"readme.txt": b"trust me"}), "--key", KEY)
+    assert (code, "completeness" in said) == (1, False)
+    assert "  readme.txt: nothing in the bundle is about it" in said
+
+
 def test_a_bundle_that_is_damaged_on_the_way_is_named_at_its_place(tmp_path: Path) -> None:
     path = archive(tmp_path / "bundle.zip", bundle(Asked(first=3, last=7), range(3, 8), HISTORY))
     path.write_bytes(path.read_bytes().replace(b"number 5", b"number 6"))
