@@ -363,8 +363,15 @@ def _readable(value: Any) -> Any:
 
 
 def _text(text: str) -> str:
-    # Control characters, and those that turn the order of others, could make a page say what an entry does not.
-    return escape(_UNSEEN.sub("\ufffd", text))
+    return escape(visible(text))
 
 
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+def visible(text: str) -> str:
+    """Without control characters, and those that cannot be seen or turn the order of others: they could make a page, or
+    a terminal, say what an entry does not."""
+    return _UNSEEN.sub("\ufffd", text)
+
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)

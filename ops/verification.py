@@ -5,12 +5,16 @@ caller names: the keys of the log and of its witnesses, got from somewhere else 
 computed is in ledger/verify.py and ledger/evidence.py; here is what is opened, and what is said.
 """
 
+import os
+import stat
+import struct
 import sys
+import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import msgspec
 from cyclopts import App, Parameter
@@ -20,9 +24,20 @@ from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNo
 from ledger.evidence import verify_bundle
 from ledger.merkle import InvalidProof
 from ledger.values import Stamp, stamp
-from ledger.verify import Fault, Read, Signed, Trust, Verdict, read_checkpoint, verify_growth, verify_log, verify_proof
+from ledger.verify import (
+    UNREADABLE,
+    Fault,
+    Read,
+    Signed,
+    Trust,
+    Verdict,
+    read_checkpoint,
+    verify_growth,
+    verify_log,
+    verify_proof,
+)
 from ops import OperatorError
-from ops.report import report_of
+from ops.report import report_of, visible
 
 verify = App(
     name="verify",
@@ -34,8 +49,27 @@ FAULTY, NOT_SHOWN = 1, 2
 """How the command ends where something is wrong, and where nothing is but not all is shown. Else 0."""
 
 
+FILE_BYTES_MAX = 256 * 1024 * 1024
+"""No file of a log is that large: what is, was made to fill the memory of who looks at it."""
+
+UNREADABLE_ARCHIVE = (BadZipFile, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
+"""What is raised of a file that is no zip file, or one of a kind that is not known."""
+
+
 class VerificationError(OperatorError):
     """What was given cannot be looked at; the message says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_on_a_line(message))
+
+
+def _say(line: object) -> None:
+    """Every line that is printed has something in it of what is looked at."""
+    print(_on_a_line(str(line)))
+
+
+def _on_a_line(text: str) -> str:
+    return visible(text).translate({9: "\ufffd", 10: "\ufffd"})
 
 
 class Growth(Struct):
@@ -109,7 +143,7 @@ def files(
         known = [signed.checkpoint for signed in held if signed]
         for path in given.mirrors:
             _mirror(path, trust, known, told)
-    except (OSError, BadZipFile) as error:
+    except OSError as error:
         raise VerificationError(f"what was given cannot be read: {error}") from None
     if not given.mirrors:
         _compare(known, given.growths, told)
@@ -125,19 +159,19 @@ class Told(Struct):
 
     def verdict(self, what: str, found: Verdict) -> None:
         self.faults += found.faulty
-        print(f"{what}: {f'{found.faulty:,} faults' if found.faulty else 'whole'}")
+        _say(f"{what}: {f'{found.faulty:,} faults' if found.faulty else 'whole'}")
         if found.signed:
             self.signed(found.signed)
         for fault in found.faults:
-            print(f"  {fault}")
+            _say(f"  {fault}")
         if found.faulty > len(found.faults):
-            print(f"  and {found.faulty - len(found.faults):,} more")
+            _say(f"  and {found.faulty - len(found.faults):,} more")
 
     def signed(self, signed: Signed) -> None:
         checkpoint = signed.checkpoint
-        print(f"  {checkpoint.origin}: {checkpoint.size:,} entries, root {checkpoint.root.hex()}")
+        _say(f"  {checkpoint.origin}: {checkpoint.size:,} entries, root {checkpoint.root.hex()}")
         for key, at in signed.by.items():
-            print(f"  signed by {key}" if at is None else f"  seen by {key.name}, {at:%Y-%m-%d %H:%M:%S} UTC")
+            _say(f"  signed by {key}" if at is None else f"  seen by {key.name}, {at:%Y-%m-%d %H:%M:%S} UTC")
         ends = [self.retired.get(key) for key, at in signed.by.items() if at is None]
         until = max((end for end in ends if end), default="")
         seen = min((stamp(at) for at in signed.by.values() if at is not None), default=None)
@@ -151,11 +185,11 @@ class Told(Struct):
 
     def fault(self, fault: object) -> None:
         self.faults += 1
-        print(fault)
+        _say(fault)
 
     def missing(self, what: str) -> None:
         self.not_shown += 1
-        print(f"not shown: {what}")
+        _say(f"not shown: {what}")
 
     def end(self) -> None:
         if self.faults:
@@ -170,11 +204,15 @@ def _mirror(path: Path, trust: Trust, held: Sequence[Checkpoint], told: Told) ->
     found = verify_log(read, trust, held)
     told.verdict(f"{path}: {found.entries:,} entries, {found.payloads:,} with data beside them", found)
     for one in held if not found.faulty else ():
-        print(f"  and its first {one.size:,} entries are those of the checkpoint you hold")
+        _say(f"  and its first {one.size:,} entries are those of the checkpoint you hold")
 
 
 def _bundle(path: Path, trust: Trust, told: Told, report: Path | None) -> Signed | None:
-    with ZipFile(path) as archive:
+    try:
+        opened = ZipFile(path)
+    except UNREADABLE_ARCHIVE as error:
+        raise VerificationError(f"{path} cannot be read: {error}") from None
+    with opened as archive:
         names = archive.namelist()
         if len(set(names)) != len(names):
             told.fault(f"{path}: it has two files of one name")
@@ -189,12 +227,12 @@ def _bundle(path: Path, trust: Trust, told: Told, report: Path | None) -> Signed
     if manifest is None or found.faulty:
         return None
     complete = manifest.completeness
-    print(f"  completeness: {complete.state.replace('_', ' ')}: {complete.because}")
+    _say(f"  completeness: {complete.state.replace('_', ' ')}: {complete.because}")
     for missing in complete.missing:
-        print(f"    {missing}")
+        _say(f"    {missing}")
     told.not_shown += complete.state == "gap"
     if "report.html" in names:
-        print("  its report.html was not looked at: it is no evidence (--report makes one of these entries)")
+        _say("  its report.html was not looked at: it is no evidence (--report makes one of these entries)")
     return found.signed
 
 
@@ -211,7 +249,7 @@ def _proof(path: Path, entry: Path | None, trust: Trust, told: Told) -> Signed |
     except (InvalidNote, InvalidProof) as error:
         told.fault(Fault(str(path), str(error)))
         return None
-    print(f"{path}: the entry stands at position {position}")
+    _say(f"{path}: the entry stands at position {position}")
     told.signed(signed)
     return signed
 
@@ -224,7 +262,7 @@ def _held(path: Path, trust: Trust, told: Told) -> Signed | None:
     except InvalidNote as error:
         told.fault(Fault(str(path), str(error)))
         return None
-    print(f"{path}: a checkpoint")
+    _say(f"{path}: a checkpoint")
     told.signed(signed)
     return signed
 
@@ -244,7 +282,7 @@ def _compare(held: Sequence[Checkpoint], growths: Sequence[list[bytes]], told: T
         if all(tried):
             told.fault(tried[0][0])
         else:
-            print(f"the first {old.size:,} of the {new.size:,} entries are those {old.size:,}")
+            _say(f"the first {old.size:,} of the {new.size:,} entries are those {old.size:,}")
 
 
 # What is given
@@ -267,7 +305,7 @@ def _sorted_out(paths: Sequence[Path]) -> Given:
                 given.checkpoints.append(path)
         except OSError as error:
             raise VerificationError(f"{path} cannot be read: {error.strerror}") from None
-        except (msgspec.MsgspecError, ValueError) as error:
+        except UNREADABLE as error:
             raise VerificationError(f"{path} is no consistency proof: {error}") from None
     return given
 
@@ -284,7 +322,7 @@ def _keys(given: Sequence[str]) -> dict[VerifierKey, Stamp | None]:
                 found |= _read_keys(path.read_bytes())
         except OSError as error:
             raise VerificationError(f"{one} is neither a key nor a file that can be read: {error.strerror}") from None
-        except (msgspec.MsgspecError, ValueError) as error:
+        except UNREADABLE as error:
             raise VerificationError(f"{one}: {error}") from None
     return found
 
@@ -309,31 +347,52 @@ def _trusting(trust: Trust, read: Read, path: Path, told: Told) -> Trust:
     told.missing(f"{path}: whose keys those are that came with it; name the log's key by --key")
     try:
         return trust._replace(log=[key for key in _read_keys(read("keys.json")) if key.type != COSIGNATURE])
-    except (FileNotFoundError, msgspec.MsgspecError, ValueError):
+    except (FileNotFoundError, *UNREADABLE):
         return trust
 
 
 def in_directory(directory: Path) -> Read:
-    """The files of a directory."""
+    """The files of a directory. It raises VerificationError where something else has the name of one."""
 
     def read(path: str) -> bytes:
         try:
-            return (directory / path).read_bytes()
-        except (IsADirectoryError, NotADirectoryError):
+            # Nothing that stands there for a file is waited for, or followed out of the directory.
+            file = os.open(directory / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except NotADirectoryError:
             raise FileNotFoundError(path) from None
+        try:
+            status = os.fstat(file)
+            if stat.S_ISDIR(status.st_mode):
+                raise FileNotFoundError(path)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES_MAX:
+                raise VerificationError(f"{directory / path} cannot be read: it is no file that a log has")
+            with os.fdopen(file, "rb", closefd=False) as opened:
+                return opened.read()
+        finally:
+            os.close(file)
 
     return read
 
 
 def in_archive(archive: ZipFile) -> Read:
-    """The files of a zip file."""
+    """The files of a zip file, which are in it as they are. Raises VerificationError where they are not, and so may be
+    of any size."""
+    files = archive.infolist()
+    if any(one.compress_type != ZIP_STORED for one in files):
+        raise VerificationError(f"{archive.filename} cannot be read: a bundle's files are stored, and not compressed")
+    if sum(max(one.file_size, one.compress_size) for one in files) > archive.start_dir:
+        raise VerificationError(f"{archive.filename} cannot be read: its files are larger than it is")
 
     def read(path: str) -> bytes:
         try:
-            return archive.read(path)
+            one = archive.getinfo(path)
         except KeyError:
             raise FileNotFoundError(path) from None
-        except (BadZipFile, NotImplementedError, RuntimeError):
+        if one.file_size > FILE_BYTES_MAX:
+            raise VerificationError(f"{archive.filename} cannot be read: {path} is no file that a log has")
+        try:
+            return archive.read(one)
+        except UNREADABLE_ARCHIVE:
             return b""  # by its own checksum it is not what was written: then it is nothing that a proof is about
 
     return read

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 from base64 import b64encode
+from copy import copy
 from pathlib import Path
-from zipfile import ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import msgspec
 import pytest
@@ -222,6 +223,89 @@ def test_a_bundle_is_compared_with_a_checkpoint_that_is_held(tmp_path: Path) -> 
     forked = file(tmp_path / "forked", signed(checkpoint_of([*HISTORY[:-1], event(301)[0]])))
     code, said = verify(path, forked, "--key", KEY)
     assert (code, "two histories of 300 entries" in said) == (1, True)
+
+
+def test_nothing_that_is_looked_at_writes_on_the_terminal_what_it_likes(tmp_path: Path) -> None:
+    hidden = "\\u001b[2J\\u202e\\n/tmp/log: 4 entries: whole"
+    odd = HISTORY[3].replace(b'"stream_id":"', b'"stream_id":"' + hidden.encode())
+    code, said = verify(mirror(tmp_path / "log", written([*HISTORY[:3], odd])), "--key", KEY)
+    assert (code, "[2J\ufffd\ufffd/tmp/log" in said) == (1, True)
+    files = bundle(Asked(first=3, last=7), range(3, 8), HISTORY) | {"\x1b]0;x\x07\u2066\n  completeness: proven": b""}
+    code, named = verify(archive(tmp_path / "b.zip", files), "--key", KEY)
+    assert (code, "\ufffd]0;x" in named) == (1, True)
+    assert not {"\x1b", "\x07", "\u202e", "\u2066"} & {*said, *named}
+    assert not [line for line in (said + named).splitlines() if line.startswith(("/tmp/log: 4", "  completeness"))]
+
+
+@pytest.mark.parametrize("path", ["checkpoint", "tile/entries/000", "tile/1/000.p/1", "keys.json"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "hole", "directory"])
+def test_what_stands_in_a_mirror_for_a_file_is_not_waited_for(tmp_path: Path, path: str, kind: str) -> None:
+    directory = mirror(tmp_path / "log", written(HISTORY) | {"keys.json": KEYS})
+    one = directory / path
+    one.rename(tmp_path / "away")
+    if kind == "pipe":
+        os.mkfifo(one)
+    elif kind == "link":
+        one.symlink_to("/dev/zero")
+    elif kind == "hole":
+        with one.open("wb") as file:
+            file.truncate(2**40)
+    else:
+        one.mkdir()
+    code, said = verify(directory)
+    assert (code, "Traceback" in said) == (1, False)
+    assert ("cannot be read: " in said) == (kind != "directory")
+
+
+def test_a_bundle_that_grows_as_it_is_read_is_not(tmp_path: Path) -> None:
+    files = bundle(Asked(first=3, last=7), range(3, 8), HISTORY)
+    with ZipFile(tmp_path / "deflated.zip", "w", ZIP_DEFLATED) as made:
+        for name, content in (files | {"entries/3.json": bytes(10_000_000)}).items():
+            made.writestr(name, content)
+    code, said = verify(tmp_path / "deflated.zip", "--key", KEY)
+    assert (code, "cannot be read: a bundle's files are stored, and not compressed" in said) == (1, True)
+    path = archive(tmp_path / "shared.zip", files)
+    with ZipFile(path, "a") as made:
+        (first, *_) = made.infolist()
+        for number in range(1000):
+            again = copy(first)
+            again.filename = f"payload/{number}"
+            made.filelist.append(again)
+            made._didModify = True  # type: ignore[attr-defined]
+    code, said = verify(path, "--key", KEY)
+    assert (code, "cannot be read: its files are larger than it is" in said) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (10, 8),  # compressed, it says
+        (10, 99),  # in a way that nobody knows
+        (6, 0xFF),  # made for a version that is not there yet
+        (8, 1),  # encrypted
+        (42, 0xFF),  # elsewhere
+        (27, 0xFF),  # larger
+        (28, 0xFF),  # called otherwise
+    ],
+)
+def test_each_part_of_a_bundle_that_is_odd_is_said_or_named(tmp_path: Path, at: int, value: int) -> None:
+    path = archive(tmp_path / "bundle.zip", bundle(Asked(first=3, last=7), range(3, 8), HISTORY))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + at] = value
+    path.write_bytes(content)
+    code, said = verify(path, "--key", KEY)
+    assert (code, "Traceback" in said) == (1, False)
+
+
+@pytest.mark.parametrize("name", ["keys.json", "manifest.json"])
+def test_json_without_end_is_none(tmp_path: Path, name: str) -> None:
+    deep = b'{"else":' + b"[" * 200_000
+    files = bundle(Asked(first=3, last=7), range(3, 8), HISTORY) | {"keys.json": KEYS, name: deep}
+    code, said = verify(archive(tmp_path / "b.zip", files))
+    assert (code, "Traceback" in said) == (1, False)
+    for arguments in (["--key", file(tmp_path / "deep", deep), tmp_path], [tmp_path / "deep"]):
+        code, said = verify(*arguments)
+        assert (code, "Traceback" in said, "recursion" in said) == (1, False, True)
 
 
 @pytest.mark.parametrize(
