@@ -11,14 +11,15 @@
 All that the manifest says, but for what was asked for, follows from the entries: who verifies makes it again.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Collection
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 from uuid import UUID
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from ledger.checkpoint import Checkpoint, InclusionProof, InvalidNote, Note
 from ledger.merkle import InvalidProof, check_inclusion, leaf_hash
@@ -30,11 +31,14 @@ from ledger.verify import (
     Order,
     Read,
     Stated,
-    Time,
     Trust,
     Verdict,
     read_checkpoint,
 )
+
+_TIME = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z$(?!\n)"
+"""As Muniment writes it: so times sort as text."""
+Time = Annotated[Stamp, Meta(pattern=_TIME)]
 
 
 class Asked(Struct, kw_only=True, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -113,7 +117,8 @@ class Inventory:
         self._types: dict[str, int] = defaultdict(int)
         self._versions: dict[str, list[int]] = defaultdict(list)
         self._times: list[Stamp] = []
-        self._beside: dict[str, Stamp] = {}
+        self._edges = ((asked.first or 0) - 1, (asked.last or 0) + 1)
+        self._beside: dict[int, Stamp] = {}
         self._payloads = 0
 
     def take(self, position: int, seen: Stated) -> None:
@@ -125,11 +130,8 @@ class Inventory:
         if seen.stream_type != OPAQUE:
             self._versions[seen.stream_id].append(seen.stream_version)
         self._times = [*self._times[:1], seen.recorded_at]
-        if self._asked.first is not None and self._asked.last is not None:
-            if position == self._asked.first - 1:
-                self._beside["before"] = seen.recorded_at
-            if position == self._asked.last + 1:
-                self._beside["after"] = seen.recorded_at
+        if position in self._edges and re.match(_TIME, seen.recorded_at):
+            self._beside[position] = seen.recorded_at
         self._payloads += bool(seen.data_sha256)
 
     def manifest(self) -> Manifest:
@@ -172,7 +174,7 @@ class Inventory:
     def _is_between(self, first: int, last: int) -> bool:
         """Whether what stands before and behind is here, and not of the time that was asked for."""
         since, until, size = self._asked.since, self._asked.until, self._checkpoint.size
-        before, after = self._beside.get("before"), self._beside.get("after")
+        before, after = map(self._beside.get, self._edges)
         begins = first == 1 or (since is not None and before is not None and before < since)
         ends = last == size or (until is not None and after is not None and after >= until)
         return begins and ends

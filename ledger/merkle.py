@@ -211,6 +211,11 @@ class Tile(NamedTuple):
         return f"{self.level}/{tile_path(self.index, self.width)}"
 
 
+def parted(hashes: bytes) -> list[bytes]:
+    """The hashes that stand one behind the other."""
+    return [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+
+
 def tile_path(index: int, width: int = TILE_HASHES) -> str:
     """`<N>[.p/<W>]`: the number in groups of three digits, all but the last behind an `x`."""
     groups = [f"{index % 1000:03}"]

@@ -24,6 +24,7 @@ from ledger.merkle import (
     in_tile,
     inclusion,
     joined,
+    parted,
     subtrees,
     tile_of,
 )
@@ -204,12 +205,12 @@ async def read_edge(connection: Connection, ledger_id: UUID, size: int) -> Edge:
         index, width = divmod(size >> TILE_LEVELS * level, TILE_HASHES)
         tiles.append(Tile(level, index, width))
     found = await read_tiles(connection, ledger_id, [tile for tile in tiles if tile.width])
-    return Edge([_parted(found.get(tile, b"")) for tile in tiles])
+    return Edge([parted(found.get(tile, b"")) for tile in tiles])
 
 
 async def extend(connection: Connection, ledger_id: UUID, edge: Edge, size: int, leaves: bytes) -> None:
     """Store what `leaves` make of the tree of `size` leaves, whose edge is `edge`: that goes on too."""
-    full = edge.extend(_parted(leaves))
+    full = edge.extend(parted(leaves))
     grown = size + len(leaves) // HASH_BYTES
     rows: list[tuple[int, int, bytes]] = []
     for level in range(1, len(edge.levels)):
@@ -239,7 +240,3 @@ async def _hashes_of(connection: Connection, ledger_id: UUID, runs: Sequence[Run
 def _run(tile: Tile) -> Run:
     first = tile.index * TILE_HASHES
     return Run(first, first + tile.width)
-
-
-def _parted(hashes: bytes) -> list[bytes]:
-    return [hashes[place : place + HASH_BYTES] for place in range(0, len(hashes), HASH_BYTES)]

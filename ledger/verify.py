@@ -21,7 +21,21 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from ledger.checkpoint import Checkpoint, InclusionProof, InvalidNote, Note, VerifierKey, check_checkpoint
-from ledger.merkle import HASH_BYTES, TILE_HASHES, Edge, InvalidProof, Tile, check_consistency, leaf_hash, tile_path
+from ledger.merkle import (
+    TILE_HASHES,
+    Edge,
+    InvalidProof,
+    Run,
+    Tile,
+    check_consistency,
+    in_tile,
+    joined,
+    leaf_hash,
+    parted,
+    subtrees,
+    tile_of,
+    tile_path,
+)
 
 Read = Callable[[str], bytes]
 """The content of a file by its path. Raises FileNotFoundError where there is none."""
@@ -29,8 +43,6 @@ Read = Callable[[str], bytes]
 FAULTS_MAX = 100
 UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 """What is raised of bytes that are not the JSON they should be."""
-Time = Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z$(?!\n)")]
-"""As Muniment writes it, so that times sort as text."""
 OPAQUE = "aggregate"
 """The type of streams that another program writes through Muniment, and numbers as it likes."""
 
@@ -135,7 +147,7 @@ class Stated(Struct, gc=False):
     stream_type: str
     stream_id: str
     stream_version: int
-    recorded_at: Time
+    recorded_at: Annotated[str, Meta(min_length=27, max_length=27)]
     data_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")] = ""
     data_bytes: int = 0
 
@@ -208,10 +220,8 @@ def verify_log(read: Read, trust: Trust, held: Collection[Checkpoint] = ()) -> V
         verdict.add("checkpoint", "it is missing" if isinstance(error, OSError) else str(error))
         return verdict
     now = verdict.signed.checkpoint
-    known = [now, *_comparable(now, held, verdict)]
-    tree = _Tree(read, known)
-    order = Order(now.origin, complete=True)
-    other: dict[int, tuple[list[bytes], list[bytes]]] = {}
+    tree, order = _Tree(read), Order(now.origin, complete=True)
+    other: Other = {}
     for index in range(-(-now.size // TILE_HASHES)):
         width = min(TILE_HASHES, now.size - index * TILE_HASHES)
         stored = _parts(read, "0", index, width, verdict)
@@ -225,25 +235,38 @@ def verify_log(read: Read, trust: Trust, held: Collection[Checkpoint] = ()) -> V
         verdict.entries += len(entries)
         if not (stored or entries) and verdict.faulty >= FAULTS_MAX:
             break  # nothing more is there
+    tree.end()
     if other:
-        tree = _blamed(read, known, tree, other, verdict)
+        tree = _blamed(read, now, tree, other, verdict)
     for fault in tree.faults:
         verdict.add(*fault)
-    for one in known:
-        if (found := tree.roots.get(one.size)) != one.root:
-            what = f"the first {one.size} entries are not those that were signed{'' if one is now else ' before'}"
-            verdict.add("root", what, one.root.hex(), found.hex() if found else "none")
+    if tree.root != now.root:
+        what = f"the first {now.size} entries are not those that were signed"
+        verdict.add("root", what, now.root.hex(), tree.root.hex() if tree.root else "none")
+    for fault in _unlike(held, now, read if tree.root and not (other or tree.faults) else None):
+        verdict.add(*fault)
     return verdict
 
 
-def _comparable(now: Checkpoint, held: Collection[Checkpoint], verdict: Verdict) -> Iterator[Checkpoint]:
+def _unlike(held: Collection[Checkpoint], now: Checkpoint, read: Read | None) -> Iterator[Fault]:
+    """Which of the checkpoints that are held are not of the log's beginning. `read`: unless its tiles have faults."""
     for one in held:
         if one.origin != now.origin:
-            verdict.add("checkpoint", "it is of another log than the one that is held", one.origin, now.origin)
+            yield Fault("checkpoint", "it is of another log than the one that is held", one.origin, now.origin)
         elif one.size > now.size:
-            verdict.add("checkpoint", OLDER, str(one.size), str(now.size))
-        else:
-            yield one
+            yield Fault("checkpoint", OLDER, str(one.size), str(now.size))
+        elif read is not None and (found := _root_at(one.size, now.size, read)) != one.root:
+            what = f"the first {one.size} entries are not those that were signed before"
+            yield Fault("root", what, one.root.hex(), found.hex())
+
+
+def _root_at(size: int, now: int, read: Read) -> bytes:
+    """The root of the first `size` of `now` entries, from tiles that were compared with them."""
+    hashes = []
+    for node in subtrees(Run(0, size)):
+        tile = tile_of(node, now)
+        hashes.append(in_tile(node, b"".join(_parts(read, str(tile.level), tile.index, tile.width, Verdict()))))
+    return joined(hashes)
 
 
 OLDER = "it ends before the one that is held: history was rolled back, or this is an older copy"
@@ -261,7 +284,7 @@ def _parts(read: Read, kind: str, index: int, width: int, verdict: Verdict) -> l
     except FileNotFoundError:
         verdict.add(path, "it is missing")
         return []
-    split = _split_entries if kind == "entries" else _split_hashes
+    split = _split_entries if kind == "entries" else parted
     parts = split(content)
     if len(parts) == count:
         return parts[:width]
@@ -270,14 +293,10 @@ def _parts(read: Read, kind: str, index: int, width: int, verdict: Verdict) -> l
     return []
 
 
-def _split_hashes(tile: bytes) -> list[bytes]:
-    return [tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)]
-
-
 def _split_entries(bundle: bytes) -> list[bytes]:
-    entries = []
+    entries: list[bytes] = []
     at = 0
-    while at < len(bundle):
+    while at < len(bundle) and len(entries) <= TILE_HASHES:
         end = at + 2 + int.from_bytes(bundle[at : at + 2])
         entries.append(bundle[at + 2 : end])
         at = end
@@ -285,35 +304,31 @@ def _split_entries(bundle: bytes) -> list[bytes]:
 
 
 class _Tree:
-    """The tree over leaf hashes, made from the left; with the tiles above them compared, and a root at each size that
-    is `known`."""
+    """The tree over leaf hashes, made from the left, with the tiles above them compared."""
 
-    def __init__(self, read: Read, known: Collection[Checkpoint]) -> None:
+    def __init__(self, read: Read) -> None:
         self._read = read
-        self._ends = sorted({one.size for one in known})
         self._edge = Edge()
-        self._size = 0
-        self._has_hole = False
         self._full: dict[int, int] = {}
-        self.roots = {0: self._edge.root}
+        self.has_hole = False
         self.faults: list[Fault] = []
+
+    @property
+    def root(self) -> bytes | None:
+        return None if self.has_hole else self._edge.root
 
     def extend(self, leaves: Sequence[bytes]) -> None:
         """Add the next leaves; none where they are missing: from there on there is no root."""
-        self._has_hole = self._has_hole or not leaves
-        while leaves and not self._has_hole:
-            end = next(end for end in self._ends if end > self._size)
-            part, leaves = leaves[: end - self._size], leaves[end - self._size :]
-            for level, hashes in self._edge.extend(part):
-                index = self._full[level] = self._full.get(level, -1) + 1
-                self._compare(Tile(level, index), hashes)
-            self._size += len(part)
-            if self._size == end:
-                self.roots[end] = self._edge.root
-            if self._size == self._ends[-1]:
-                for level, last in enumerate(self._edge.levels):
-                    if last:
-                        self._compare(Tile(level, self._full.get(level, -1) + 1, len(last)), b"".join(last))
+        self.has_hole = self.has_hole or not leaves
+        for level, hashes in self._edge.extend(() if self.has_hole else leaves):
+            index = self._full[level] = self._full.get(level, -1) + 1
+            self._compare(Tile(level, index), hashes)
+
+    def end(self) -> None:
+        """No more leaves come: compare the tiles that are not full."""
+        for level, last in enumerate(() if self.has_hole else self._edge.levels):
+            if last:
+                self._compare(Tile(level, self._full.get(level, -1) + 1, len(last)), b"".join(last))
 
     def _compare(self, tile: Tile, made: bytes) -> None:
         if tile.level == 0:
@@ -321,30 +336,29 @@ class _Tree:
         seen = Verdict()
         stored = _parts(self._read, str(tile.level), tile.index, tile.width, seen)
         self.faults += seen.faults
-        for place, (found, expected) in enumerate(zip(stored, _split_hashes(made), strict=False)):
+        for place, (found, expected) in enumerate(zip(stored, parted(made), strict=False)):
             if found != expected:
                 what = f"its hash {place} is not that of the tile below"
                 self.faults.append(Fault(f"tile/{tile.path}", what, expected.hex(), found.hex()))
 
 
-def _blamed(
-    read: Read,
-    known: Sequence[Checkpoint],
-    tree: _Tree,
-    other: dict[int, tuple[list[bytes], list[bytes]]],
-    verdict: Verdict,
-) -> _Tree:
+Other = dict[int, tuple[list[bytes], list[bytes]]]
+"""Tiles of hashes, and the hashes of the entries there, where they differ."""
+
+
+def _blamed(read: Read, signed: Checkpoint, tree: _Tree, other: Other, verdict: Verdict) -> _Tree:
     """Name what differs from its hash: entries if the hashes are those that were signed, and hashes if the entries are.
     Answers the tree of what was signed."""
-    signed = known[0]
     culprit = "entries"
-    if tree.roots.get(signed.size) != signed.root:
-        made = _Tree(read, known)
+    if tree.has_hole:
+        culprit = "both"  # there is no root to tell them by; nor an end, perhaps, of what is missing
+    elif tree.root != signed.root:
+        made = _Tree(read)
         for index in range(-(-signed.size // TILE_HASHES)):
             width = min(TILE_HASHES, signed.size - index * TILE_HASHES)
             made.extend(other[index][1] if index in other else _parts(read, "0", index, width, Verdict()))
-        is_signed = made.roots.get(signed.size) == signed.root
-        tree, culprit = (made, "hashes") if is_signed else (tree, "both")
+        made.end()
+        tree, culprit = (made, "hashes") if made.root == signed.root else (tree, "both")
     for index, (stored, leaves) in other.items():
         for place, (hash_, leaf) in enumerate(zip(stored, leaves, strict=False)):
             position = index * TILE_HASHES + place + 1

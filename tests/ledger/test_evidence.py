@@ -99,6 +99,12 @@ def test_of_a_time_whose_neighbours_are_not_outside_of_it_nothing_is_established
     assert state(bundle(asked, positions)) == ("not_established", ())
 
 
+def test_a_neighbour_whose_time_is_none_is_not_outside() -> None:
+    history = [*HISTORY[:1], HISTORY[1].replace(at(2).encode(), b"!" * 27), *HISTORY[2:]]
+    files = bundle(Asked(first=3, last=7, since=at(3), until=at(8)), range(2, 9), history)
+    assert state(files)[0] == "not_established"
+
+
 @pytest.mark.parametrize(
     "asked",
     [

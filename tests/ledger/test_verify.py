@@ -351,6 +351,16 @@ def test_where_entries_and_their_hashes_are_missing_there_is_no_root_and_the_res
     assert found[-1].endswith("found none)")
 
 
+def test_a_log_that_says_to_be_without_end_is_looked_at_as_far_as_it_goes() -> None:
+    endless = LONG[:600]
+    files = written(endless, note=signed(checkpoint_of(endless)._replace(size=2**40)))
+    files["tile/entries/001"] = flipped(files["tile/entries/001"], 100)
+    seen = looked_at(files)
+    assert seen.faulty > FAULTS_MAX
+    assert seen.entries == 512
+    assert any(str(fault).startswith("257: its bytes") for fault in seen.faults)
+
+
 def test_what_stands_behind_the_end_of_a_file_is_a_fault() -> None:
     files = written(HISTORY)
     for path in ("tile/0/000.p/5", "tile/entries/000.p/5"):
