@@ -13,14 +13,14 @@ from html import escape
 from importlib.resources import files
 from itertools import islice
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from ledger.entry import whole
+from ledger.entry import FACTS, Event, whole
 from ledger.evidence import Manifest
 from ledger.personal import ERASED, SEALED
-from ledger.verify import Read, Signed
+from ledger.verify import UNREADABLE, Read, Signed, Stated
 
 EVENTS_MAX = 5_000
 """So many are told; a browser bears no more. All are in the bundle."""
@@ -39,11 +39,27 @@ class Told(NamedTuple):
         data: dict[str, Any] = self.event.get("data") or {}
         return data
 
+    def reads_as(self, data: Any) -> bool:
+        """Whether it is an event with such data. Whoever signs a log may write there what they like."""
+        try:
+            msgspec.convert(self.event, cast("Any", Event)[data])
+        except (msgspec.ValidationError, RecursionError):
+            return False
+        return True
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is a fact as Muniment records it: of these there is a story, all else is shown as it is."""
+        fact = FACTS.get(str(self.event.get("type")))
+        return fact is not None and fact.stream_type == self.event.get("stream_type") and self.reads_as(fact)
+
 
 def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told]) -> str:
     """The page. `events` are the first that the bundle has, in order: no more than EVENTS_MAX."""
     complete = manifest.completeness
-    project = events[0].event["project"] if events else ""
+    readable = [told for told in events if told.reads_as(dict)]
+    known = [told for told in readable if told.is_known]
+    project = readable[0].event["project"] if readable else "unknown"
     missing = "".join(f"<br>{_text(one)}" for one in complete.missing)
     left = manifest.entries - len(events)
     return _page.substitute(
@@ -56,9 +72,9 @@ def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told]
         state_said=complete.state.replace("_", " "),
         because=_text(f"{complete.because[:1].upper()}{complete.because[1:]}."),
         missing=missing,
-        people=_titled("Who acted", _people(events)),
-        sessions=_titled("In which sessions", map(_session, _streams(events, "session"))),
-        approvals=_titled("What was asked, and who decided", _approvals(events)),
+        people=_titled("Who acted", _people(readable)),
+        sessions=_titled("In which sessions", map(_session, _streams(known, "session"))),
+        approvals=_titled("What was asked, and who decided", _approvals(known)),
         events="\n".join(map(_line, events)),
         left_out=f"<p>{left:,} more events are in the bundle, and not told here.</p>" if left > 0 else "",
         rests="".join(_rests(manifest, signed)),
@@ -68,13 +84,20 @@ def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told]
 
 def report_of(manifest: Manifest, signed: Signed, read: Read) -> str:
     """The page, from a bundle that was verified."""
-    events: list[Told] = []
-    for position in islice((at for first, last in manifest.runs for at in range(first, last + 1)), EVENTS_MAX):
-        entry = read(f"entries/{position}.json")
-        beside = msgspec.json.decode(entry).get("data_sha256")
-        events.append(Told(position, msgspec.json.decode(whole(entry, read(f"payload/{beside}") if beside else None))))
+    positions = islice((at for first, last in manifest.runs for at in range(first, last + 1)), EVENTS_MAX)
+    events = [Told(position, _event(read(f"entries/{position}.json"), read)) for position in positions]
     vkey = next(key for key, at in signed.by.items() if at is None)
     return report(manifest, signed, str(vkey), events)
+
+
+def _event(entry: bytes, read: Read) -> dict[str, Any]:
+    """The event of an entry; none where there is none in it."""
+    try:
+        beside = Stated.of(entry).data_sha256
+        event: dict[str, Any] = msgspec.json.decode(whole(entry, read(f"payload/{beside}") if beside else None))
+    except (*UNREADABLE, KeyError):
+        return {}
+    return event
 
 
 _page = Template(files("ops").joinpath("report.html").read_text("utf-8"))
@@ -218,6 +241,11 @@ def _because(data: dict[str, Any]) -> str:
 
 def _line(told: Told) -> str:
     event = told.event
+    if not told.reads_as(dict):
+        return (
+            f'<li id="p{told.position}"><span class="when">{told.position} · entries/{told.position}.json</span><br>'
+            f"It is no event as Muniment records them.{_value(event, block=True)}</li>"
+        )
     said = {name: value for name, value in told.data.items() if value not in (None, {}, [], "")}
     path = f"entries/{told.position}.json"
     # A message is read as one; all else is shown as it is.
@@ -282,12 +310,14 @@ class _Fields(dict[str, Any]):
 
 
 def _sentence(told: Told) -> str:
-    kind = told.event["type"]
+    kind = str(told.event["type"])
+    sentence = SENTENCES.get(kind)
+    if sentence is None or not told.is_known:
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
     about = str(told.data.get("kind"))
     if kind == "FactRecorded" and about.startswith("message."):
         return f"recorded what the {about.removeprefix('message.')} said"
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind).lower()
-    return SENTENCES.get(kind, words).format_map(_Fields(told.data))
+    return sentence.format_map(_Fields(told.data))
 
 
 # What it rests on
@@ -343,7 +373,10 @@ def _value(value: Any, *, block: bool = False) -> str:
         return _text(value)
     if isinstance(value, dict) and (SEALED in value or ERASED in value):
         return _text(_readable(value))
-    text = json.dumps(_readable(value), ensure_ascii=False, indent=2)
+    try:
+        text = json.dumps(_readable(value), ensure_ascii=False, indent=2)
+    except (RecursionError, ValueError):  # a number may have more digits than are ever written
+        return "(more than can be shown)"
     if block and len(text) > SHOWN_CHARACTERS:
         return f"<details><summary>what it says ({len(text):,} characters)</summary><pre>{_text(text)}</pre></details>"
     return f"<pre>{_text(text)}</pre>"
