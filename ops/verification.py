@@ -11,7 +11,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Annotated, NamedTuple
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
@@ -20,7 +20,7 @@ import msgspec
 from cyclopts import App, Parameter
 from msgspec import Struct
 
-from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNote, VerifierKey, read_hash
+from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNote, Note, VerifierKey, read_hash
 from ledger.evidence import verify_bundle
 from ledger.merkle import InvalidProof
 from ledger.values import Stamp, stamp
@@ -141,8 +141,7 @@ def files(
         held += [_bundle(path, trust, told, report) for path in given.bundles]
         held += [_proof(path, entry, trust, told) for path in given.proofs]
         known = [signed.checkpoint for signed in held if signed]
-        for path in given.mirrors:
-            _mirror(path, trust, known, told)
+        _mirrors(given.mirrors, trust, known, told)
     except OSError as error:
         raise VerificationError(f"what was given cannot be read: {error}") from None
     if not given.mirrors:
@@ -198,13 +197,31 @@ class Told(Struct):
             sys.exit(NOT_SHOWN)
 
 
-def _mirror(path: Path, trust: Trust, held: Sequence[Checkpoint], told: Told) -> None:
+def _mirrors(paths: Sequence[Path], trust: Trust, held: Sequence[Checkpoint], told: Told) -> None:
+    """Each, and that the longer ones of a log have grown from the shorter ones."""
+    found = sorted(((_said(path), path) for path in paths), key=lambda one: one[0].size)
+    seen: list[Checkpoint] = []
+    for said, path in found:
+        signed = _mirror(path, trust, [*held, *(one for one in seen if one.origin == said.origin)], told)
+        seen += [signed.checkpoint] if signed else []
+
+
+def _said(path: Path) -> Checkpoint:
+    """What a mirror says to be, which nobody has verified yet."""
+    try:
+        return Checkpoint.parse(Note.parse(in_directory(path)("checkpoint")).text)
+    except (FileNotFoundError, InvalidNote):
+        return Checkpoint("", 0, b"")
+
+
+def _mirror(path: Path, trust: Trust, held: Sequence[Checkpoint], told: Told) -> Signed | None:
     read = in_directory(path)
     trust = _trusting(trust, read, path, told)
     found = verify_log(read, trust, held)
     told.verdict(f"{path}: {found.entries:,} entries, {found.payloads:,} with data beside them", found)
     for one in held if not found.faulty else ():
         _say(f"  and its first {one.size:,} entries are those of the checkpoint you hold")
+    return found.signed
 
 
 def _bundle(path: Path, trust: Trust, told: Told, report: Path | None) -> Signed | None:
@@ -268,21 +285,34 @@ def _held(path: Path, trust: Trust, told: Told) -> Signed | None:
 
 
 def _compare(held: Sequence[Checkpoint], growths: Sequence[list[bytes]], told: Told) -> None:
-    """Each checkpoint with the next, of each log."""
+    """Each checkpoint with the newer ones of its log, by whichever proof is one of these two."""
     ordered = sorted(set(held), key=lambda one: (one.origin, one.size))
-    for old, new in pairwise(ordered):
-        if old.origin != new.origin:
-            told.missing(f"{old.origin} and {new.origin} are two logs, and cannot be compared")
+    used: set[int] = set()
+    unshown = []
+    for place, old in enumerate(ordered):
+        newer = [one for one in ordered[place + 1 :] if one.origin == old.origin]
+        if not newer:
             continue
+        if newer[0].size == old.size:
+            told.fault(*verify_growth(old, newer[0], None))
+            continue
+        proofs = enumerate(growths if old.size else [[]])
+        ways = [(number, new) for number, proof in proofs for new in newer if not [*verify_growth(old, new, proof)]]
+        used |= {number for number, _ in ways if old.size}
+        for _, new in ways:
+            _say(f"the first {old.size:,} of the {new.size:,} entries are those {old.size:,}")
+        if not ways:
+            unshown.append((old, newer[0]))
+    unused = [proof for number, proof in enumerate(growths) if number not in used]
+    for (old, new), given in zip_longest(unshown, unused[: len(unshown)]):
         try:
-            tried = [list(verify_growth(old, new, proof)) for proof in (*growths, *([] if growths else [None]))]
+            told.fault(*verify_growth(old, new, given))
         except ValueError as error:
             told.missing(f"whether {new.size:,} entries begin with those {old.size:,}: {error}")
-            continue
-        if all(tried):
-            told.fault(tried[0][0])
-        else:
-            _say(f"the first {old.size:,} of the {new.size:,} entries are those {old.size:,}")
+    if len(unused) > len(unshown):
+        told.missing("what a consistency proof is for: it is none of two of these checkpoints")
+    for one, other in pairwise(dict.fromkeys(one.origin for one in ordered)):
+        told.missing(f"{one} and {other} are two logs, and cannot be compared")
 
 
 # What is given

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from base64 import b64encode
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
@@ -14,6 +15,7 @@ import pytest
 from ledger.evidence import Asked
 from tests.ledger.test_evidence import bundle
 from tests.ledger.written import (
+    LEDGER,
     LOG,
     WITNESSES,
     Files,
@@ -120,6 +122,45 @@ def test_two_checkpoints_are_compared_by_a_consistency_proof(tmp_path: Path) -> 
     code, said = verify(newer, other, file(tmp_path / "consistency.json", proof), "--key", KEY)
     assert code == 1
     assert "it is not shown that 300 entries begin with those 100" in said
+
+
+def consistency(path: Path, old: int, history: Sequence[bytes] = HISTORY) -> Path:
+    proof = {"proof": [b64encode(one).decode() for one in growth_of(history, old)]}
+    return file(path, msgspec.json.encode(proof))
+
+
+def test_of_three_checkpoints_each_is_shown_to_be_the_beginning_of_a_newer_one_or_is_not(tmp_path: Path) -> None:
+    three = [file(tmp_path / str(size), signed(checkpoint_of(HISTORY[:size]))) for size in (100, 200, 300)]
+    first, second = consistency(tmp_path / "first", 100), consistency(tmp_path / "second", 200)
+    between = consistency(tmp_path / "between", 100, HISTORY[:200])
+    for proofs in ([first, second], [second, first], [between, second]):
+        assert verify(*three, *proofs, "--key", KEY)[0] == 0
+    code, said = verify(*three, first, "--key", KEY)
+    assert (code, "not shown: whether 300 entries begin with those 200" in said) == (2, True)
+    assert "the first 100 of the 300 entries are those 100" in said
+    assert verify(*three, between, "--key", KEY)[0] == 2
+    code, said = verify(three[2], three[0], first, second, "--key", KEY)
+    assert (code, "not shown: what a consistency proof is for" in said) == (2, True)
+    forked = file(tmp_path / "forked", signed(checkpoint_of([*HISTORY[:199], event(400)[0]])))
+    code, said = verify(three[0], forked, three[2], first, second, "--key", KEY)
+    assert (code, "it is not shown that 300 entries begin with those 200" in said) == (1, True)
+
+
+def test_two_mirrors_of_a_log_are_compared_with_each_other(tmp_path: Path) -> None:
+    longer = mirror(tmp_path / "longer", written(HISTORY))
+    older = mirror(tmp_path / "older", written(HISTORY[:290]))
+    forked = mirror(tmp_path / "forked", written([*HISTORY[:289], event(400, 0, 97)[0]]))
+    for two in ([longer, older], [older, longer]):
+        code, said = verify(*two, "--key", KEY)
+        assert (code, "its first 290 entries are those of the checkpoint you hold" in said) == (0, True)
+    for two in ([longer, forked], [forked, longer], [forked, older]):
+        code, said = verify(*two, "--key", KEY)
+        assert (code, "root: the first 290 entries are not those that were signed before" in said) == (1, True)
+    assert verify(forked, "--key", KEY)[0] == 0
+    stranger = LOG._replace(name=f"another.example/{LEDGER}")
+    note = signed(checkpoint_of(HISTORY, stranger.name), log=stranger)
+    other = mirror(tmp_path / "other", written(HISTORY, note=note))
+    assert verify(other, older, "--key", KEY, "--key", stranger.verifier)[0] == 0
 
 
 def test_what_only_retired_keys_have_signed_must_have_been_seen_before(tmp_path: Path) -> None:
