@@ -20,7 +20,7 @@ from typing import NamedTuple
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from ledger.merkle import HASH_BYTES, check_inclusion
+from ledger.merkle import HASH_BYTES
 
 ED25519 = 1
 """C2SP signed-note: an Ed25519 signature of the text."""
@@ -32,6 +32,7 @@ SIGNATURES_MAX = 100
 HASHES_MAX = 63
 """Of a proof: a tree is never higher."""
 
+UNSIGNED = "no key that is known here has signed the note"
 _NAME = re.compile(r"[^\s+]+")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")
 _PROOF = "c2sp.org/tlog-proof@v1"
@@ -81,9 +82,11 @@ class VerifierKey(NamedTuple):
             seconds = int.from_bytes(signature[:8])
             message, signature = _cosigned(text, seconds), signature[8:]
             try:
-                at = datetime.fromtimestamp(seconds, UTC)
+                at = datetime.fromtimestamp(seconds, UTC) if seconds else None
             except (OverflowError, ValueError, OSError):
-                raise InvalidNote(f"the signature of {self.name} is of no time") from None
+                at = None
+            if at is None:
+                raise InvalidNote(f"the signature of {self.name} is of no time")
         try:
             Ed25519PublicKey.from_public_bytes(self.public).verify(signature, message)
         except (InvalidSignature, ValueError):
@@ -182,7 +185,7 @@ class Note(NamedTuple):
             if key is not None and key not in found:
                 found[key] = key.check(self.text, line.signature)
         if not found:
-            raise InvalidNote("no key that is known here has signed the note")
+            raise InvalidNote(UNSIGNED)
         return found
 
 
@@ -249,33 +252,36 @@ class InclusionProof(NamedTuple):
             raise InvalidNote("this is not a proof of inclusion")
         return cls(int(index[1]), tuple(map(read_hash, lines[1:])), Note.parse(note), extra)
 
-    def check(
-        self, leaf: bytes, log: Collection[VerifierKey], witnesses: Collection[VerifierKey] = (), quorum: int = 0
-    ) -> Checkpoint:
-        """The checkpoint that covers the entry whose leaf hash this is. `log`: the keys of one log, all of its name.
 
-        Raises InvalidNote where the log, or fewer than `quorum` of `witnesses`, have not signed it; InvalidProof where
-        it does not have the entry there.
-        """
-        checkpoint = check_checkpoint(self.checkpoint, log, witnesses, quorum)
-        check_inclusion(leaf, self.index, self.hashes, checkpoint.size, checkpoint.root)
-        return checkpoint
+class Signed(NamedTuple):
+    """A checkpoint, and which of the keys that are trusted have signed it; a witness says when."""
+
+    checkpoint: Checkpoint
+    by: dict[VerifierKey, datetime | None]
 
 
 def check_checkpoint(
     note: Note, log: Collection[VerifierKey], witnesses: Collection[VerifierKey] = (), quorum: int = 0
 ) -> Checkpoint:
     """A checkpoint that its log has signed, and `quorum` of `witnesses`. Raises InvalidNote."""
+    return check_signed(note, log, witnesses, quorum).checkpoint
+
+
+def check_signed(
+    note: Note, log: Collection[VerifierKey], witnesses: Collection[VerifierKey] = (), quorum: int = 0
+) -> Signed:
+    """The same, and who did. `log`: keys of logs, of which those with the name of this one count."""
     checkpoint = Checkpoint.parse(note.text)
     own = [key for key in log if key.name == checkpoint.origin and key.type != COSIGNATURE]
     if not own:
         raise InvalidNote(f"the checkpoint is of {checkpoint.origin!r}, of which no key is known here")
-    note.verified(own)
-    if quorum:
-        seen = {key.public for key in note.verified(witnesses)}
-        if len(seen) < quorum:
-            raise InvalidNote(f"{len(seen)} of {len(witnesses)} witnesses have signed it, but {quorum} must")
-    return checkpoint
+    by = note.verified([*own, *witnesses])
+    if by.keys().isdisjoint(own):
+        raise InvalidNote(UNSIGNED)
+    seen = {key.public for key in witnesses if by.get(key) is not None}
+    if len(seen) < quorum:
+        raise InvalidNote(f"{len(seen)} of {len(witnesses)} witnesses have signed it, but {quorum} must")
+    return Signed(checkpoint, by)
 
 
 def _cosigned(text: str, seconds: int) -> bytes:

@@ -13,14 +13,13 @@ anew over it. What follows from this, and what does not, is in ops/verification.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from datetime import datetime
 from hashlib import sha256
 from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct, field
 
-from ledger.checkpoint import Checkpoint, InclusionProof, InvalidNote, Note, VerifierKey, check_checkpoint
+from ledger.checkpoint import Checkpoint, InclusionProof, InvalidNote, Note, Signed, VerifierKey, check_signed
 from ledger.merkle import (
     TILE_HASHES,
     Edge,
@@ -28,6 +27,7 @@ from ledger.merkle import (
     Run,
     Tile,
     check_consistency,
+    check_inclusion,
     in_tile,
     joined,
     leaf_hash,
@@ -68,13 +68,6 @@ class Fault(NamedTuple):
         return f"{self.where}: {self.what}{compared}"
 
 
-class Signed(NamedTuple):
-    """A checkpoint, and which of the keys that are trusted have signed it; a witness says when."""
-
-    checkpoint: Checkpoint
-    by: dict[VerifierKey, datetime | None]
-
-
 class Verdict(Struct):
     """What was looked at, and what is wrong with it: the first FAULTS_MAX faults, and how many there are."""
 
@@ -98,8 +91,7 @@ def read_checkpoint(content: bytes, trust: Trust) -> Signed:
     note = Note.parse(content)
     if str(note).encode() != content:
         raise InvalidNote("the note is not written as notes are: a signature has bits that mean nothing")
-    checkpoint = check_checkpoint(note, trust.log, trust.witnesses, trust.quorum)
-    return Signed(checkpoint, note.verified([*trust.log, *trust.witnesses]))
+    return check_signed(note, trust.log, trust.witnesses, trust.quorum)
 
 
 def verify_growth(old: Checkpoint, new: Checkpoint, proof: Sequence[bytes] | None) -> Iterator[Fault]:
@@ -135,7 +127,8 @@ def verify_proof(content: bytes, entry: bytes, trust: Trust) -> tuple[int, Signe
     signed = read_checkpoint(str(proof.checkpoint).encode(), trust)
     if str(proof).encode() != content:
         raise InvalidNote("the proof is not written as proofs are")
-    proof.check(leaf_hash(entry), trust.log, trust.witnesses, trust.quorum)
+    size, root = signed.checkpoint.size, signed.checkpoint.root
+    check_inclusion(leaf_hash(entry), proof.index, proof.hashes, size, root)
     return proof.index + 1, signed
 
 

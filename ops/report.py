@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
+from ledger.checkpoint import Signed
 from ledger.entry import FACTS, Event, whole
 from ledger.evidence import Manifest
 from ledger.personal import ERASED, SEALED
-from ledger.verify import UNREADABLE, Read, Signed, Stated
+from ledger.verify import UNREADABLE, Read, Stated
 
 EVENTS_MAX = 5_000
 """So many are told; a browser bears no more. All are in the bundle."""

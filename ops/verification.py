@@ -10,7 +10,7 @@ import stat
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -20,7 +20,7 @@ import msgspec
 from cyclopts import App, Parameter
 from msgspec import Struct
 
-from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNote, Note, VerifierKey, read_hash
+from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNote, Note, Signed, VerifierKey, read_hash
 from ledger.evidence import verify_bundle
 from ledger.merkle import InvalidProof
 from ledger.values import Stamp, stamp
@@ -28,7 +28,6 @@ from ledger.verify import (
     UNREADABLE,
     Fault,
     Read,
-    Signed,
     Trust,
     Verdict,
     read_checkpoint,
@@ -134,9 +133,9 @@ def files(
     if not paths:
         raise VerificationError("name what to look at: a mirror's directory, a bundle, a proof, checkpoints")
     try:
-        log, witnesses, given = _keys(key), _keys(witness), _sorted_out(paths)
-        trust = Trust(list(log), list(witnesses), len(witnesses) if quorum is None else quorum)
-        told = Told({key: until for key, until in log.items() if until is not None})
+        log, witnesses = _keys(key), _keys(witness)
+        trust, given = _trust(log, witnesses, quorum), _sorted_out(paths)
+        told = Told({key: until for key, until in log.items() if until is not None}, trust.quorum)
         held = [_held(path, trust, told) for path in given.checkpoints]
         held += [_bundle(path, trust, told, report) for path in given.bundles]
         held += [_proof(path, entry, trust, told) for path in given.proofs]
@@ -149,10 +148,22 @@ def files(
     told.end()
 
 
+def _trust(log: Collection[VerifierKey], witnesses: Collection[VerifierKey], quorum: int | None) -> Trust:
+    for key in (*log, *witnesses):
+        if (key.type == COSIGNATURE) != (key in witnesses):
+            kinds = ("a witness", "--witness") if key.type == COSIGNATURE else ("a log", "--key")
+            raise VerificationError(f"{key} is the key of {kinds[0]}: name it by {kinds[1]}")
+    if quorum is not None and not 0 <= quorum <= len(witnesses):
+        raise VerificationError(f"of {len(witnesses)} witnesses {quorum} cannot have signed: name them by --witness")
+    return Trust(list(log), list(witnesses), len(witnesses) if quorum is None else quorum)
+
+
 class Told(Struct):
-    """What was said so far: how often something was wrong, and how often not shown. `retired`: keys, and since when."""
+    """What was said so far: how often something was wrong, and how often not shown. `retired`: keys, and since when.
+    `quorum`: how many witnesses must have seen a checkpoint before then, if only such keys have signed it."""
 
     retired: dict[VerifierKey, Stamp]
+    quorum: int = 0
     faults: int = 0
     not_shown: int = 0
 
@@ -173,14 +184,16 @@ class Told(Struct):
             _say(f"  signed by {key}" if at is None else f"  seen by {key.name}, {at:%Y-%m-%d %H:%M:%S} UTC")
         ends = [self.retired.get(key) for key, at in signed.by.items() if at is None]
         until = max((end for end in ends if end), default="")
-        seen = min((stamp(at) for at in signed.by.values() if at is not None), default=None)
+        # One witness alone may say of any time that it saw it then.
+        times = sorted({key.public: stamp(at) for key, at in signed.by.items() if at is not None}.values())
+        seen = times[self.quorum - 1] if 0 < self.quorum <= len(times) else None
         if None in ends or (seen is not None and seen <= until):
             return
         what = f"{checkpoint.origin}, {checkpoint.size:,} entries: the keys that signed it were retired at {until}"
         if seen is None:
             self.missing(f"{what}, and no witness says that it was before")
         else:
-            self.fault(f"{what}, and the first to see it did at {seen}")
+            self.fault(f"{what}, and not before {seen} had enough witnesses seen it")
 
     def fault(self, fault: object) -> None:
         self.faults += 1

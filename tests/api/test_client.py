@@ -35,8 +35,9 @@ from ledger.errors import (
     Unauthenticated,
     ViewBehind,
 )
-from ledger.merkle import check_consistency, leaf_hash
+from ledger.merkle import check_consistency
 from ledger.values import Quorum
+from ledger.verify import Trust, verify_proof
 from tests.check import of_type
 from tests.conftest import database_of
 from tests.server import Server, history, new_project, shared_server
@@ -506,7 +507,8 @@ async def test_what_was_recorded_is_proven_a_moment_later(client: Client, server
     async with Client(server.url, server.token(project, roles=["auditor"])) as auditor:
         bundle = await auditor.log_file(project, f"tile/entries/000.p/{position}")
     entry = bundle[2 : 2 + int.from_bytes(bundle[:2])]
-    assert proof.check(leaf_hash(entry), keys) == older
+    proven, signed = verify_proof(str(proof).encode(), entry, Trust(keys))
+    assert (proven, signed.checkpoint) == (position, older)
     with pytest.raises(NotFound):
         await client.log_file(project, "tile/0/0")
     with pytest.raises(NotFound):

@@ -21,6 +21,7 @@ from ledger.postgres import Pool, open_pool
 from ledger.publisher import Publisher
 from ledger.signing import LogFiles
 from ledger.store import Append, EventRow
+from ledger.verify import Trust, verify_proof
 from tests.api.conftest import Token, problem_of
 from tests.check import check_ledger
 from tests.conftest import Database
@@ -414,8 +415,8 @@ async def test_a_proof_shows_that_the_event_is_there_and_nowhere_else(ledger: Le
         for other in {0, max(0, position - 2), position - 1, min(position, 299)}:
             shown = includes(leaf(entries[other]), position - 1, head.size, path, head.root)
             assert shown == (other == position - 1)
-        parsed = InclusionProof.parse(answer.content)
-        assert parsed.check(leaf(entries[position - 1]), [VerifierKey.parse(vkey)]).size == 300
+        proven, signed = verify_proof(answer.content, entries[position - 1], Trust([VerifierKey.parse(vkey)]))
+        assert (proven, signed.checkpoint.size) == (position, 300)
 
 
 async def test_each_checkpoint_goes_on_from_those_before(ledger: Ledger) -> None:

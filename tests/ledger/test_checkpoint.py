@@ -19,9 +19,11 @@ from ledger.checkpoint import (
     SignerKey,
     VerifierKey,
     check_checkpoint,
+    check_signed,
     read_hash,
 )
 from ledger.merkle import EMPTY_ROOT, InvalidProof, leaf_hash, node_hash
+from ledger.verify import Trust, verify_proof
 
 PUBLISHED_KEY = "example.com/foo+530d903a+AekyeRrm56hApGFkyQR4ZCbV54Id2LKaANYcrnKv3U2k"
 PUBLISHED_NOTE = (
@@ -120,6 +122,21 @@ def test_enough_witnesses_must_have_seen_it() -> None:
         check_checkpoint(signed(LOG, *WITNESSES[:2]), [LOG.verifier], known, 3)
 
 
+def test_the_key_of_a_log_is_no_witness_and_that_of_a_witness_no_log() -> None:
+    witness = SignerKey("witness.example.org", ED25519, bytes([7]) * 32)
+    with pytest.raises(InvalidNote, match="0 of 1 witnesses"):
+        check_checkpoint(signed(LOG, witness), [LOG.verifier], [witness.verifier], 1)
+    with pytest.raises(InvalidNote, match="no key that is known here"):
+        check_signed(signed(WITNESSES[0]), [LOG.verifier], [WITNESSES[0].verifier])
+
+
+def test_a_witness_that_saw_it_at_no_time_has_not_seen_it() -> None:
+    log, _ = signed(LOG, WITNESSES[0]).signatures
+    never = WITNESSES[0].sign(CHECKPOINT.text, datetime.fromtimestamp(0, UTC))
+    with pytest.raises(InvalidNote, match="is of no time"):
+        Note(CHECKPOINT.text, (log, never)).verified([WITNESSES[0].verifier])
+
+
 def test_a_witness_counts_once_by_whatever_names() -> None:
     again = SignerKey("another-name.example.org", COSIGNATURE, WITNESSES[0].seed)
     note = signed(LOG, WITNESSES[0], again)
@@ -131,9 +148,10 @@ def test_a_proof_shows_an_entry_to_who_has_but_the_keys() -> None:
     proof = InclusionProof.parse(str(PROOF).encode())
     assert proof == PROOF
     known = [one.verifier for one in WITNESSES]
-    assert proof.check(LEAVES[1], [LOG.verifier], known, 3) == CHECKPOINT
+    trust = Trust([LOG.verifier], known, 3)
+    assert verify_proof(str(proof).encode(), b"two", trust) == (2, check_signed(proof.checkpoint, *trust))
     with pytest.raises(InvalidProof):
-        proof.check(LEAVES[2], [LOG.verifier], known, 3)
+        verify_proof(str(proof).encode(), b"three", trust)
 
 
 def test_a_proof_may_carry_something_more() -> None:
@@ -147,9 +165,7 @@ def test_no_bit_of_a_proof_can_be_changed(place: int, bit: int) -> None:
     content = bytearray(str(PROOF).encode())
     content[place] ^= 1 << bit
     with pytest.raises((InvalidNote, InvalidProof)):
-        InclusionProof.parse(bytes(content)).check(
-            LEAVES[1], [LOG.verifier], [one.verifier for one in WITNESSES], len(WITNESSES)
-        )
+        verify_proof(bytes(content), b"two", Trust([LOG.verifier], [one.verifier for one in WITNESSES], 3))
 
 
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))

@@ -7,10 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from ledger.checkpoint import Checkpoint
+from ledger.checkpoint import Checkpoint, Signed
 from ledger.entry import encode
 from ledger.evidence import Asked, Inventory, Manifest
-from ledger.verify import Signed
 from ops.report import Told, report, report_of, visible
 from tests.ledger.golden import GOLDEN, event_of
 from tests.ledger.written import LOG, ORIGIN, entries, reader

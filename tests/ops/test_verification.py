@@ -6,12 +6,14 @@ import sys
 from base64 import b64encode
 from collections.abc import Sequence
 from copy import copy
+from datetime import UTC, datetime
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import msgspec
 import pytest
 
+from ledger.checkpoint import Note
 from ledger.evidence import Asked
 from tests.ledger.test_evidence import bundle
 from tests.ledger.written import (
@@ -172,6 +174,24 @@ def test_what_only_retired_keys_have_signed_must_have_been_seen_before(tmp_path:
         code, said = verify(path, "--key", known)
         assert (code, "and no witness says that it was before" in said) == (alone, True)
         assert verify(path, "--key", known, *witness)[0] == seen
+
+
+def test_one_witness_alone_does_not_say_when_a_retired_key_has_signed(tmp_path: Path) -> None:
+    """It was stolen, and so was a witness, which dates back what it signs."""
+    checkpoint = checkpoint_of(HISTORY)
+    text = checkpoint.text
+    times = [datetime(2026, 11, day, 9, 0, 0, tzinfo=UTC) for day in (1, 21)]
+    lines = [LOG.sign(text), *(witness.sign(text, at) for witness, at in zip(WITNESSES, times, strict=True))]
+    path = file(tmp_path / "checkpoint", str(Note(text, tuple(lines))).encode())
+    known = file(
+        tmp_path / "keys", msgspec.json.encode({"keys": [{"vkey": KEY, "until": "2026-11-11T09:00:00.000000Z"}]})
+    )
+    both = [path, "--key", known, "--witness", WITNESSES[0].verifier, "--witness", WITNESSES[1].verifier]
+    code, said = verify(*both)
+    assert (code, "not before 2026-11-21T09:00:00.000000Z had enough witnesses seen it" in said) == (1, True)
+    assert verify(*both, "--quorum", 1)[0] == 0
+    code, said = verify(*both, "--quorum", 0)
+    assert (code, "and no witness says that it was before" in said) == (2, True)
 
 
 def test_a_report_is_made_anew_from_what_was_verified(tmp_path: Path) -> None:
@@ -355,10 +375,14 @@ def test_json_without_end_is_none(tmp_path: Path, name: str) -> None:
         ([], "name what to look at"),
         (["nowhere"], "nowhere cannot be read: No such file"),
         (["x", "--key", "a+b"], "is not a verifier key"),
+        (["x", "--witness", KEY], "is the key of a log: name it by --key"),
+        (["x", "--key", WITNESSES[0].verifier], "is the key of a witness: name it by --witness"),
+        (["x", "--key", KEY, "--quorum", 1], "of 0 witnesses 1 cannot have signed"),
+        (["x", "--key", KEY, "--quorum", -1], "of 0 witnesses -1 cannot have signed"),
         (["x", "--key", "nowhere"], "nowhere is neither a key nor a file"),
     ],
 )
-def test_what_cannot_be_looked_at_is_said(arguments: list[str], expected: str) -> None:
+def test_what_cannot_be_looked_at_is_said(arguments: list[object], expected: str) -> None:
     code, said = verify(*arguments)
     assert code == 1
     assert expected in said
