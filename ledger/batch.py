@@ -28,7 +28,7 @@ from ledger.errors import (
     PreconditionFailed,
     RateLimited,
 )
-from ledger.events import CommandRefused, Fact
+from ledger.events import Fact
 from ledger.known import Known, NotLoaded, Offers, Queue
 from ledger.log_events import LedgerAdopted
 from ledger.merkle import leaf_hash
@@ -307,7 +307,7 @@ class Batch:
         else:
             # The keyed fingerprint is in it, or a stranger could compute the id and take it first.
             name = f"{pending.principal}\n{pending.command_id}\n{pending.fingerprint.hex()}"
-            self._stage(pending, uuid5(self.ledger_id, name), None, _refused(pending, refusal), 0)
+            self._stage(pending, uuid5(self.ledger_id, name), None, pending.refused(refusal), 0)
         row = self._row(pending, refusal.status, self.size, 1)
         self.append.commands.append(row)
         return self._receipt(pending, row, None, refusal)
@@ -436,19 +436,6 @@ class Batch:
     def _receipt(self, pending: Pending, row: CommandRow, state: Any, refusal: MunimentError | None = None) -> Receipt:
         receipt = self.receipts[pending.key] = said(row, state, refusal)
         return receipt
-
-
-def _refused(pending: Pending, refusal: MunimentError) -> CommandRefused:
-    attempted = msgspec.json.decode(pending.canonical)
-    del attempted["type"]
-    return CommandRefused(
-        command_type=type(pending.command).__name__,
-        target=pending.command.target,
-        status=refusal.status,
-        code=refusal.code,
-        params=msgspec.to_builtins(refusal.params),
-        attempted=attempted,
-    )
 
 
 def _given(value: Any) -> Any:

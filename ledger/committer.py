@@ -12,6 +12,7 @@ from time import monotonic
 from uuid import UUID
 
 from msgspec import UNSET
+from psycopg_pool import PoolTimeout
 from uuid_utils.compat import uuid7
 
 from ledger import store
@@ -20,7 +21,7 @@ from ledger.entry import canonical
 from ledger.errors import MunimentError, UnknownProject
 from ledger.memory import Refusals
 from ledger.pending import Pending, Verdict
-from ledger.postgres import Clock, Pool, store_errors
+from ledger.postgres import TROUBLE, Clock, Pool, store_errors
 from ledger.project_key import key_errors
 from ledger.receipt import Receipt
 from ledger.replay import recall
@@ -163,9 +164,15 @@ class Committer:
         now = monotonic()
         if now > self._looked_at.get(writer.ledger_id, 0.0) + LOOK_SECONDS:
             self._looked_at[writer.ledger_id] = now
-            job = asyncio.create_task(writer.look(), context=Context())
+            job = asyncio.create_task(self._name(writer), context=Context())
             self._looking.add(job)
             job.add_done_callback(self._looking.discard)
+
+    async def _name(self, writer: Writer) -> None:
+        with suppress(*TROUBLE, PoolTimeout):
+            async with self.pool.connection() as connection:
+                epoch = (await store.head(connection, writer.ledger_id)).epoch
+            writer.ledger = writer.ledger._replace(epoch=epoch)
 
     async def _pending(self, project_id: str, command: Command, actor: Actor, traceparent: str | None) -> Pending:
         command_id = command.command_id if command.command_id is not UNSET else str(uuid7())

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from msgspec import Struct, field
 from uuid_utils.compat import uuid7
 
 from ledger.commands import Command
 from ledger.entry import canonical
 from ledger.errors import InternalError, MunimentError
+from ledger.events import CommandRefused
 from ledger.receipt import Receipt
 from ledger.values import SYSTEM, Actor
 from ledger.vault import Held
@@ -83,6 +85,19 @@ class Pending(Struct, kw_only=True, eq=False):
             return error
         log.error("A command %s could not be decided or stored", type(self.command).__name__, exc_info=error)
         return InternalError(why="This command met an error that nobody foresaw")
+
+    def refused(self, refusal: MunimentError) -> CommandRefused:
+        """What is recorded of its refusal: what was asked, as it was asked, and why not."""
+        attempted = msgspec.json.decode(self.canonical)
+        del attempted["type"]
+        return CommandRefused(
+            command_type=type(self.command).__name__,
+            target=self.command.target,
+            status=refusal.status,
+            code=refusal.code,
+            params=msgspec.to_builtins(refusal.params),
+            attempted=attempted,
+        )
 
     def mint(self, name: str) -> UUID:
         """An id of this command's making: the same each time it is decided."""

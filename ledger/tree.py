@@ -194,7 +194,7 @@ async def root_beyond(connection: Connection, ledger_id: UUID, edge: Edge, size:
     edge = Edge(edge.levels)
     for first in range(size, grown, LEAVES_AT_ONCE):
         (leaves,) = await read_leaves(connection, ledger_id, [Run(first, min(first + LEAVES_AT_ONCE, grown))])
-        edge.extend(_parted(leaves))
+        edge.extend(parted(leaves))
     return edge.root
 
 

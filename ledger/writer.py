@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
 from contextvars import Context
 from uuid import UUID
 
@@ -150,12 +149,6 @@ class Writer:
             size += len(pending.canonical)
             batch.append(pending)
         return batch
-
-    async def look(self) -> None:
-        """Know what the ledger is called by now."""
-        with suppress(*TROUBLE, PoolTimeout):
-            async with self._pool.connection() as connection:
-                self.ledger = self.ledger._replace(epoch=(await store.head(connection, self.ledger_id)).epoch)
 
     # The optimistic path
 
