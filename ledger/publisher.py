@@ -145,8 +145,9 @@ class Publisher:
         try:
             silent = await self._cosigners.check(row.checkpoint, note, vkeys, self._prove(ledger_id))
         except RolledBack as error:
-            await self._unless_overtaken(ledger_id, row.size, error)
-            if error.shown is not None:
+            if not await self._overtaken(ledger_id, row.size, error):
+                if error.shown is None:
+                    raise
                 # What it shows may be of what is there: then the database has only forgotten to have signed it.
                 await self._refuse(ledger_id, Refused(str(error), contradicted_by=error.shown))
             return
@@ -154,13 +155,12 @@ class Publisher:
             raise _too_few("say what they know", silent)
         self._confronted.add(row.log_id)
 
-    async def _unless_overtaken(self, ledger_id: UUID, size: int, error: RolledBack) -> None:
-        """Raise `error`, unless another publisher of this database has gone on from `size` meanwhile: what one shows to
-        witnesses, the database has before."""
+    async def _overtaken(self, ledger_id: UUID, size: int, error: RolledBack) -> bool:
+        """Whether another publisher of this database has gone on from `size` meanwhile: what one shows to witnesses,
+        the database has before."""
         async with self._pool.connection() as connection:
             row = await _read(connection, SQL.read, ledger_id)
-        if row is None or not size < error.size <= row.size:
-            raise error
+        return row is not None and size < error.size <= row.size
 
     def _prove(self, ledger_id: UUID) -> Prove:
         async def prove(old: int, new: int) -> list[bytes]:
@@ -320,7 +320,8 @@ class Publisher:
             try:
                 note = await self._cosigned(ledger_id, Note.parse(row.signed.encode()))
             except RolledBack as error:
-                await self._unless_overtaken(ledger_id, row.size, error)
+                if not await self._overtaken(ledger_id, row.size, error):
+                    raise
                 return
             values = {"ledger_id": ledger_id, "origin": row.origin, "seen": row.published_size, "size": row.size}
             # Dying before this leaves what is signed unpublished; whoever comes next shows the same to the witnesses,

@@ -87,12 +87,12 @@ class Deployment(Server):
             assert time.monotonic() < deadline, answer.text
             time.sleep(0.02)
 
-    def refused(self) -> str:
-        """Why the log does not go on, as `/health` says, as soon as it does."""
+    def refused(self, wanted: str = "") -> str:
+        """Why the log does not go on, as `/health` says, as soon as it is what is wanted."""
         deadline = time.monotonic() + 60
         while True:
             health = self.http.get("/health").json()
-            if health["logs"]["refused"]:
+            if any(wanted in why for why in health["logs"]["refused"]):
                 assert (health["status"], health["logs"]["state"]) == ("degraded", "degraded")
                 (why,) = health["logs"]["refused"]
                 return str(why)
@@ -159,10 +159,11 @@ def lived(place: Path, witness: RunningWitness) -> Story:
     return Story(home, backup, then, last, key)
 
 
-def goes_on_unsigned(deployment: Deployment, story: Story, known_by: str) -> None:
+def goes_on_unsigned(deployment: Deployment, story: Story) -> None:
     """It is refused, and said; commands and reads are as ever; the checkpoint of then stays, and no other is signed."""
-    why = deployment.refused()
-    assert known_by in why
+    assert f"checkpoint of {PUBLISHED} events was signed, and {BACKED_UP} are there" in deployment.refused(
+        "rolled back"
+    )
     assert deployment.published(BACKED_UP) == story.then
     before = deployment.signed()
     assert before == (BACKED_UP, _of_the_log(story), BACKED_UP, story.then.decode())
@@ -175,6 +176,29 @@ def goes_on_unsigned(deployment: Deployment, story: Story, known_by: str) -> Non
     deployment.tried_again()
     assert deployment.signed() == before
     assert deployment.published(BACKED_UP) == story.then
+
+
+def goes_on_as_another(deployment: Deployment, story: Story, witness: RunningWitness | None) -> None:
+    """Adopted, it is published again, under another name and with another log, which tells what went before."""
+    muniment("ledger", "adopt", PROJECT, "--reason", "the disk was lost", home=deployment.home)
+    (shown,) = muniment("keys", "list", "--project", PROJECT, home=deployment.home).splitlines()
+    key = VerifierKey.parse(shown.split()[1])
+    if witness is not None:
+        witness.muniment("add-log", str(key))
+    note = deployment.published(BACKED_UP + PUBLISHED + 1)
+    checkpoint = check_checkpoint(Note.parse(note), [key], [witness.key] if witness else [], 1 if witness else 0)
+    assert (checkpoint.origin, key.public) == (key.name, story.key.public)
+    assert key.name != story.key.name
+    event = deployment.http.get(f"/events/{checkpoint.size}")
+    assert key.name.endswith(f"/{event.json()['ledger']}")
+    assert (event.json()["type"], event.json()["reason"]) == ("LedgerAdopted", "the disk was lost")
+    assert Note.parse(event.json()["data"]["checkpoint"].encode()).text == Note.parse(story.last).text
+    (answer,) = deployment.record(1)
+    assert answer
+    deployment.published(checkpoint.size + 1)
+    assert deployment.http.get("/health").json()["logs"]["refused"] == []
+    headers = deployment.http.get(f"/records/{answer['record_id']}").headers
+    assert key.name.endswith(f"/{headers['ledger-id']}")
 
 
 def _of_the_log(story: Story) -> str:
@@ -192,10 +216,10 @@ def test_what_lies_beside_the_keys_knows_of_more_than_a_database_that_was_put_ba
     (kept,) = (story.home / "keys/signed").iterdir()
     was = kept.read_bytes()
     with (deployment := Deployment(story.home, None)):
-        known_by = f"a checkpoint of {PUBLISHED} events was signed here, and the database knows of {BACKED_UP}"
-        goes_on_unsigned(deployment, story, known_by)
+        goes_on_unsigned(deployment, story)
         assert kept.read_bytes() == was
-        assert len(check_ledger(deployment.database.owner)[PROJECT]) == BACKED_UP + PUBLISHED
+        goes_on_as_another(deployment, story, None)
+        assert len(check_ledger(deployment.database.owner)[PROJECT]) == BACKED_UP + PUBLISHED + 2
 
 
 def test_a_witness_knows_of_more_than_a_database_that_was_put_back_on_another_machine(place: Path) -> None:
@@ -205,9 +229,10 @@ def test_a_witness_knows_of_more_than_a_database_that_was_put_back_on_another_ma
         muniment("restore", story.backup, home=elsewhere)
         assert not (elsewhere / "keys/signed").exists(), "no backup has it"
         with (deployment := Deployment(elsewhere, witness)):
-            goes_on_unsigned(deployment, story, f"has cosigned a checkpoint of size {PUBLISHED}")
+            goes_on_unsigned(deployment, story)
             assert not (elsewhere / "keys/signed").exists()
-            assert len(check_ledger(deployment.database.owner)[PROJECT]) == BACKED_UP + PUBLISHED
+            goes_on_as_another(deployment, story, witness)
+            assert len(check_ledger(deployment.database.owner)[PROJECT]) == BACKED_UP + PUBLISHED + 2
         path = f"/{sha256(story.key.name.encode()).hexdigest()}/checkpoint"
         shown = Note.parse(witness.http.get(path).content)
         assert Checkpoint.parse(shown.text) == Checkpoint.parse(Note.parse(story.last).text)
