@@ -17,6 +17,9 @@ from ledger.personal import SUBJECT_CHARACTERS_MAX
 _TAG = bytes.fromhex("5ab1ec70")
 _TAG_NUMBER = int.from_bytes(_TAG)
 
+STREAMS = UUID(bytes=_TAG + bytes(12)), UUID(bytes=_TAG + b"\xff" * 12)
+"""Between these two are the names of all streams of subjects."""
+
 Subject = Annotated[
     str,
     Meta(

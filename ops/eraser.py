@@ -7,19 +7,20 @@ so that keys which a backup brought back go again.
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Iterable
 from uuid import UUID
 
 from ledger import store
 from ledger.errors import MunimentError
-from ledger.postgres import Connection, Pool
+from ledger.postgres import Connection, Pool, fetch, queries
 from ledger.replay import fold_all
-from ledger.subjects import stream_of
+from ledger.subjects import STREAMS, stream_of
 from ledger.vault import Vault
-from projections import audit
 from projections.projector import TROUBLE, Troubles
 
 log = logging.getLogger(__name__)
+
+SQL = queries("ops", "eraser")
 
 LOOK_SECONDS = 1.0
 ALL_SECONDS = 3600.0
@@ -34,9 +35,8 @@ async def erase_for_ever(pool: Pool, vault: Vault) -> None:
     troubles = Troubles(log.warning)
     while True:
         try:
-            if loop.time() < all_at:
-                await finish(pool, vault)
-            else:
+            await finish(pool, vault)
+            if loop.time() >= all_at:
                 await erase_all(pool, vault)
                 all_at = loop.time() + ALL_SECONDS
             troubles.say("erasures", "")
@@ -54,7 +54,7 @@ async def finish(pool: Pool, vault: Vault) -> int:
             if ledger is not None:
                 for begin in range(0, len(subjects), ERASURES_MAX):
                     some = subjects[begin : begin + ERASURES_MAX]
-                    destroyed += await _erase(connection, vault, project_id, ledger.ledger_id, some)
+                    destroyed += await _erase(connection, vault, project_id, ledger.ledger_id, map(stream_of, some))
     if destroyed:
         log.info("%d keys were destroyed whose erasure is on record", destroyed)
     return destroyed
@@ -64,27 +64,25 @@ async def erase_all(pool: Pool, vault: Vault) -> int:
     """Destroy every key that any event says is to be destroyed; how many there were still."""
     destroyed = 0
     async with pool.connection() as connection:
-        for ledger_id, project_id, is_foreign, *_ in await (
-            await connection.execute(store.SQL.list_ledgers)
-        ).fetchall():
-            after = 0
+        for ledger_id, project_id, is_foreign, *_ in await fetch(connection, store.SQL.list_ledgers):
+            after, end = STREAMS
             while not is_foreign:
-                wanted = audit.Filter(type="SubjectErased")
-                found = await audit.search(connection, ledger_id, wanted, limit=ERASURES_MAX, after=after)
-                if not found:
+                rows = await fetch(
+                    connection, SQL.erased, ledger_id=ledger_id, after=after, end=end, limit=ERASURES_MAX
+                )
+                if not rows:
                     break
-                events = await store.read_positions(connection, ledger_id, found)
-                subjects = {event.decode().event.data.subject for event in events}  # type: ignore[attr-defined]
-                destroyed += await _erase(connection, vault, project_id, ledger_id, subjects)
-                after = found[-1]
+                streams = [stream_id for (stream_id,) in rows]
+                destroyed += await _erase(connection, vault, project_id, ledger_id, streams)
+                after = streams[-1]
     if destroyed:
         log.warning("%d keys were there whose erasure is on record, as after a restore: they are destroyed", destroyed)
     return destroyed
 
 
 async def _erase(
-    connection: Connection, vault: Vault, project_id: str, ledger_id: UUID, subjects: Collection[str]
+    connection: Connection, vault: Vault, project_id: str, ledger_id: UUID, streams: Iterable[UUID]
 ) -> int:
-    """Destroy the keys of these subjects, as far as their last erasures say."""
-    erasures = fold_all(await store.read_streams(connection, ledger_id, map(stream_of, subjects))).values()
+    """Destroy the keys of the subjects of these streams, as far as their last erasures say."""
+    erasures = fold_all(await store.read_streams(connection, ledger_id, streams)).values()
     return await vault.destroy(project_id, {erasure.subject: erasure.through for erasure in erasures})
