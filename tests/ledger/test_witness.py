@@ -264,7 +264,7 @@ def flipped(line: Signature, place: int) -> Signature:
         (said(flipped(RIGHT, 7)), "is not one of this text"),
         (said(flipped(RIGHT, 8)), "is not one of this text"),
         (said(flipped(RIGHT, -1)), "is not one of this text"),
-        (said(LIAR.sign(TEXT, datetime.fromtimestamp(0, UTC))), "does not say when"),
+        (said(LIAR.sign(TEXT, datetime.fromtimestamp(0, UTC))), "is of no time"),
         (said("\u2014 x AAAAAAAA\n" * 100_000), "more than 262,144 bytes"),
         (Answer(HTTPStatus.FORBIDDEN, "go away\n"), "it answered 403: 'go away'"),
         (Answer(HTTPStatus.NOT_FOUND, "\x1b[2J" * 1000), r"it answered 404: '\x1b"),
