@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
+from tempfile import mkstemp
 from typing import Annotated, NamedTuple
 from uuid import UUID
 from zipfile import ZipFile, ZipInfo
@@ -86,7 +87,7 @@ async def export(
     until
         Those recorded before.
     out
-        The file; by default one here, called after what is in it. It must not exist.
+        The file; by default one here, called after what is in it. It must not exist. Only you may read it.
     unseal
         Show personal values in the report, where their keys are there. They stay in that file when the person is
         erased. Entries are as they were recorded, sealed, in any case.
@@ -227,7 +228,7 @@ def _name(asked: Asked) -> str:
 async def write(
     source: Source, asked: Asked, positions: Sequence[int], path: Path, vault: Vault | None = None
 ) -> Manifest:
-    """Write a bundle of these positions. Raises EvidenceError, OSError."""
+    """Write a bundle of these positions. Raises EvidenceError."""
     async with source.pool.connection() as connection:
         keys = await tree.keys_of(connection, source.log.origin)
     signed = read_checkpoint(source.log.published, Trust([key.vkey for key in keys], source.witnesses))
@@ -257,16 +258,25 @@ async def write(
 
 @contextmanager
 def _new(path: Path) -> Iterator[ZipFile]:
-    """A file that has its name as soon as it is whole. Raises EvidenceError where something has that name."""
-    if path.exists():
-        raise EvidenceError(f"{path} exists, and nothing is overwritten: name another by --out")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    """A file that has its name as soon as it is whole, and that nobody else reads: there may be personal values in it.
+
+    Raises EvidenceError where something has that name, or it cannot be written.
+    """
+    taken = EvidenceError(f"{path} exists, and nothing is overwritten: name another by --out")
+    if os.path.lexists(path):
+        raise taken
     try:
-        with ZipFile(draft, "x") as archive:
-            yield archive
-        draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
+        number, draft = mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(number, "wb") as file, ZipFile(file, "w") as archive:
+                yield archive
+            os.link(draft, path)  # and not a rename, which would take the place of what came there meanwhile
+        finally:
+            Path(draft).unlink()
+    except FileExistsError:
+        raise taken from None
+    except OSError as error:
+        raise EvidenceError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 async def _proofs(connection: Connection, source: Source, positions: Sequence[int]) -> dict[int, bytes]:

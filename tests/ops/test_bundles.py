@@ -1,6 +1,7 @@
 """`muniment evidence export`: one file that a stranger verifies without us, and reads."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from datetime import datetime
 from html.parser import HTMLParser
@@ -32,7 +33,7 @@ from ledger.subjects import EraseSubject
 from ledger.values import Action, Actor, AgentDescription, moment
 from ledger.vault import Vault
 from ledger.verify import Trust, verify_log
-from ops.evidence import EvidenceError, Source, _asked, write
+from ops.evidence import EvidenceError, Source, _asked, _new, write
 from ops.importing import import_runs
 from ops.mirror import write as write_mirror
 from ops.runs import Options
@@ -205,6 +206,36 @@ async def test_the_same_entries_make_the_same_bytes(ledger: Ledger, tmp_path: Pa
     with pytest.raises(EvidenceError, match="nothing is overwritten"):
         await exported(ledger, tmp_path / "one.zip", session=session)
     assert {name for name in files_of(tmp_path) if "zip" in name} == {"one.zip", "other.zip"}
+
+
+async def test_a_bundle_is_its_owners_and_takes_no_place(ledger: Ledger, tmp_path: Path) -> None:
+    session, _ = await a_refund(ledger)
+    out = tmp_path / "out"
+    out.mkdir()
+    was = os.umask(0)
+    try:
+        await exported(ledger, out / "b.zip", session=session)
+    finally:
+        os.umask(was)
+    assert (out / "b.zip").stat().st_mode & 0o777 == 0o600
+    (out / "link.zip").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EvidenceError, match="nothing is overwritten"):
+        await exported(ledger, out / "link.zip", session=session)
+    late = _new(out / "late.zip")
+    with late:
+        (draft,) = out.glob(".late.zip.*")
+        assert draft.stat().st_mode & 0o777 == 0o600
+    (out / "late.zip").unlink()
+    late = _new(out / "late.zip")
+    late.__enter__()
+    (out / "late.zip").write_text("another's")  # while it is written
+    with pytest.raises(EvidenceError, match="nothing is overwritten"):
+        late.__exit__(None, None, None)
+    assert (out / "late.zip").read_text() == "another's"
+    with pytest.raises(EvidenceError, match="cannot be written: No such file"):
+        await exported(ledger, tmp_path / "nowhere" / "b.zip", session=session)
+    assert sorted(path.name for path in out.iterdir()) == ["b.zip", "late.zip", "link.zip"]
+    assert not (tmp_path / "elsewhere").exists()
 
 
 async def test_personal_values_are_shown_only_where_they_are_unsealed_and_never_in_entries(
