@@ -120,8 +120,9 @@ async def recompute_logs(
 
 def _unlogged(events: int, has_tiles: bool) -> str:
     if has_tiles:
-        return "tiles of its tree are there, and no log that has signed anything: it was removed"
-    return f"it has {events} events, and no log: it was removed, or no worker has signed since they came"
+        return "tiles of its tree are there, and no log that has signed anything"
+    why = "it was removed, or no worker has signed since they came"
+    return f"it has {events} events, and no log that has signed any: {why}"
 
 
 async def _faults(

@@ -20,11 +20,11 @@ FROM ledger.ledgers AS l
 FULL JOIN (SELECT DISTINCT ledger_id FROM ledger.tiles) AS t ON t.ledger_id = l.ledger_id
 WHERE NOT EXISTS (
     SELECT FROM ledger.logs AS g
-    WHERE g.ledger_id = coalesce(l.ledger_id, t.ledger_id) AND (g.size > 0 OR g.refused IS NOT NULL)
+    WHERE g.ledger_id = coalesce(l.ledger_id, t.ledger_id) AND (g.signed IS NOT NULL OR g.refused IS NOT NULL)
 ) AND (
     t.ledger_id IS NOT NULL
     OR l.size > 0 AND l.created_at < now() - interval '5 minutes' AND (
-        EXISTS (SELECT FROM ledger.logs WHERE size > 0)
+        EXISTS (SELECT FROM ledger.logs WHERE signed IS NOT NULL)
         OR EXISTS (SELECT FROM ledger.log_keys WHERE added_at < now() - interval '5 minutes')
     )
 )
