@@ -1,8 +1,15 @@
 """The keys in a database of their own: nothing of them is in the ledger's, and nothing starts where they are missed."""
 
+import asyncio
+import os
+import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import httpx
 import psycopg
@@ -24,6 +31,7 @@ from ops.migrate import MigrationError, migrate
 from tests.conftest import Database, database_of
 from tests.server import Server
 
+ROOT = Path(__file__).parents[2]
 MARK = {"$personal": {"subject": "c-9", "value": "Mia Li"}}
 
 
@@ -77,6 +85,59 @@ async def test_what_is_sealed_is_in_one_database_and_what_opens_it_in_another(
     assert rows(elsewhere.owner, "SELECT count(*) FROM keys.data_keys WHERE wrapped IS NOT NULL") == 0
     assert rows(database.owner, "SELECT count(*) FROM keys.data_keys") == 0
     assert rows(database.owner, "SELECT count(*) FROM keys.project_keys") == 0
+
+
+def as_the_page_says(title: str) -> str:
+    """The commands of the first block under that, as an operator would paste them."""
+    page = (ROOT / "ops/runbooks/erasure.md").read_text("utf-8")
+    block = page.partition(f"## {title}\n")[2].partition("```console\n")[2].partition("```")[0]
+    return re.sub(r"^\$ ", "", block, flags=re.MULTILINE)
+
+
+async def test_keys_move_to_a_database_of_their_own_as_the_page_says(
+    database: Database, postgres: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def recorded(client: Client, name: str) -> UUID:
+        answer = await client.record("a", body={"$personal": {"subject": name, "value": f"of {name}"}})
+        return UUID(answer.body["record_id"])
+
+    server = Server(database, tmp_path, ("api", "worker"))
+    with server, psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE keys_moved")
+        async with Client(server.url, server.token("demo", roles=("agent", "operator"))) as client:
+            records = {name: await recorded(client, name) for name in ("ann", "bob", "cid")}
+            await client.erase_subject("cid", "she asked before")
+    moved = database_of(postgres, "keys_moved")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "muniment").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m ops.cli "$@"\n')
+    (programs / "muniment").chmod(0o755)
+    named = {"MIGRATE_DATABASE_URL": database.owner, "MIGRATE_KEYS_DATABASE_URL": moved.owner}
+    named |= {"KEYS_DATABASE_URL": moved.api, "PATH": f"{programs}:{postgres.programs.bin}:{os.environ['PATH']}"}
+    commands = ["bash", "-euo", "pipefail", "-c", as_the_page_says("Keys in a database of their own")]
+    done = await asyncio.to_thread(
+        subprocess.run, commands, env=server.environment | named, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    for table in ("keys.data_keys", "keys.project_keys"):
+        assert rows(database.owner, f"SELECT pg_relation_size('{table}')") == 0, "a copy of a key is there still"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="never comes back"):
+        rows(database.owner, "DELETE FROM keys.data_keys")
+    monkeypatch.setenv("KEYS_DATABASE_URL", moved.api)
+    with Server(database, tmp_path, ("api", "worker")) as server:
+        async with Client(server.url, server.token("demo", roles=("agent", "operator"))) as client:
+
+            async def body(name: str) -> Any:
+                return (await client.get_record(records[name]))["body"]
+
+            assert [await body(name) for name in ("ann", "bob", "cid")] == ["of ann", "of bob", {"$erased": True}]
+            assert (await client.erase_subject("ann", "she asked after"))["destroyed"] is True
+            records["dan"] = await recorded(client, "dan")
+            assert [await body(name) for name in ("ann", "bob", "dan")] == [{"$erased": True}, "of bob", "of dan"]
+    assert rows(moved.owner, "SELECT count(*) FROM keys.data_keys WHERE wrapped IS NOT NULL") == 2
+    assert rows(database.owner, "SELECT count(*) FROM keys.data_keys") == 0
+    with psycopg.connect(postgres.url(database="postgres"), autocommit=True) as connection:
+        connection.execute("DROP DATABASE keys_moved WITH (FORCE)")
 
 
 async def test_nothing_starts_where_the_keys_are_in_both_databases_or_in_neither(
