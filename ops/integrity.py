@@ -154,7 +154,7 @@ def _event_faults(ledger: _Ledger, row: _Row, events: list[Recorded]) -> Iterato
     except UpgradeRequired as error:
         yield f"a newer version of Muniment wrote it: {error}"
         return
-    except (msgspec.MsgspecError, ValueError, KeyError) as error:
+    except (msgspec.MsgspecError, ValueError, KeyError, RecursionError) as error:
         yield f"its bytes are no event: {error}"
         return
     events.append(Recorded(row.position, event))

@@ -5,12 +5,14 @@ by whoever can sign too, is found by its own seal, where the tree has nothing to
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 import msgspec
+from msgspec import Meta, Struct
 
 from ledger import store
+from ledger.commands import EXACT_INTEGER_MAX
 from ledger.entry import whole
 from ledger.personal import SEALED
 from ledger.postgres import Pool, fetch
@@ -22,18 +24,26 @@ from ops.integrity import EVENTS_MAX, Integrity
 _MARK = SEALED.encode()
 
 
+class _Placed(Struct):
+    """Where an event says that it stands."""
+
+    stream_id: UUID
+    stream_version: Annotated[int, Meta(ge=0, le=EXACT_INTEGER_MAX)]
+    event_id: UUID
+
+
 async def unsealed(vault: Vault, project: str, rows: Sequence[Stored]) -> list[dict[str, Any]]:
-    """Events as JSON, with what was sealed readable again. Raises BrokenSeal, UnusableKey."""
+    """Events as JSON, with what was sealed readable again. Raises BrokenSeal, UnusableKey,
+    and of what is no event msgspec's errors, ValueError, KeyError and RecursionError."""
     events = [msgspec.json.decode(whole(row.entry, row.payload)) for row in rows]
-    places = [
-        Place(project, UUID(one["stream_id"]), one["stream_version"], UUID(one["event_id"]), "") for one in events
-    ]
+    placed = msgspec.convert(events, list[_Placed])
+    places = [Place(project, one.stream_id, one.stream_version, one.event_id, "") for one in placed]
     opened: list[dict[str, Any]] = await vault.unseal_all(project, list(zip(events, places, strict=True)))
     return opened
 
 
 async def open_all(pool: Pool, vault: Vault, found: Integrity) -> int:
-    """Open every sealed value whose key is there. Answers how many entries have any.
+    """Open every sealed value whose key is there, with one look for keys a batch. Answers how many entries have any.
 
     Raises psycopg's errors.
     """
@@ -51,18 +61,21 @@ async def open_all(pool: Pool, vault: Vault, found: Integrity) -> int:
             sealed = [row for row in rows if _MARK in row.entry or _MARK in (row.payload or b"")]
             count += len(sealed)
             try:
-                found.add(project, [fault for row in sealed for fault in await _faults(vault, project, row)])
+                found.add(project, await _faults(vault, project, sealed))
             except UnusableKey as error:
                 found.add(project, [f"its sealed values cannot be opened: {error}"])
                 break
     return count
 
 
-async def _faults(vault: Vault, project: str, row: Stored) -> list[str]:
+async def _faults(vault: Vault, project: str, rows: Sequence[Stored]) -> list[str]:
+    """Where one does not open it is looked for by halves. Raises UnusableKey."""
     try:
-        await unsealed(vault, project, [row])
-    except BrokenSeal as error:
-        return [f"{row.position}: {error}"]
-    except (msgspec.MsgspecError, ValueError, KeyError):
-        return []  # no event at all: that was told already
+        await unsealed(vault, project, rows)
+    except (BrokenSeal, msgspec.MsgspecError, ValueError, KeyError, RecursionError) as error:
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            return [*await _faults(vault, project, rows[:middle]), *await _faults(vault, project, rows[middle:])]
+        # What is no event at all was told already.
+        return [f"{rows[0].position}: {error}"] if isinstance(error, BrokenSeal) else []
     return []

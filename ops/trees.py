@@ -219,7 +219,7 @@ async def compare_keys(connection: Connection, found: Integrity, *, may_be_made:
         there = await tree.keys_of(connection, "any")
         try:
             told = await _told(connection)
-        except (UpgradeRequired, msgspec.MsgspecError, ValueError, KeyError) as error:
+        except (UpgradeRequired, msgspec.MsgspecError, ValueError, KeyError, RecursionError) as error:
             found.add(OPERATORS, [f"what it says of the keys that sign cannot be read: {error}"])
             return
     if may_be_made and there and not told.keys:

@@ -10,10 +10,13 @@ import pytest
 from ledger.checkpoint import COSIGNATURE, Note, VerifierKey
 from ledger.commands import ChangeSession, OpenSession, Record
 from ledger.operations import OPERATORS, AddLogKey, RetireLogKey
+from ledger.postgres import open_pool
 from ledger.signing import LogFiles
 from ledger.tree import Log
 from ledger.values import Actor
+from ledger.vault import Vault
 from ops.integrity import Integrity, recompute
+from ops.seals import open_all
 from ops.trees import compare_keys, recompute_logs
 from tests.conftest import Database
 from tests.ops.published import LARGE, Ledger, publishing
@@ -124,6 +127,37 @@ async def test_a_sealed_value_that_was_moved_is_named_though_all_was_hashed_and_
     assert ended.returncode == 1
     assert ended.stdout.startswith(f"demo: {one.first_position}: The sealed value at /data/body/content of event")
     assert "does not open there" in ended.stdout
+
+
+async def test_sealed_values_are_opened_a_batch_at_a_time_and_each_that_does_not_open_is_named(ledger: Ledger) -> None:
+    values = [{"$personal": {"subject": f"c-{n}", "value": n}} for n in range(60)]
+    positions = [(await ledger.give(Record(kind="a", body=value))).first_position for value in values]
+
+    async def opened() -> tuple[int, list[str], int]:
+        found = Integrity()
+        async with open_pool(ledger.database.api, connections_max=1) as keys:
+            count = await open_all(ledger.pool, Vault(ledger.home / "keys", keys, create_keys=False), found)
+            return count, found.faults, keys.get_stats()["requests_num"]
+
+    count, faults, asked = await opened()
+    assert (count, faults) == (60, [])
+    assert asked < 6
+    broken = positions[7], positions[41]
+    ledger.tamper(
+        f"""UPDATE ledger.events
+            SET entry = convert_to(replace(convert_from(entry, 'UTF8'), '"box":"', '"box":"A'), 'UTF8')
+            WHERE position IN {broken}""",
+        f"UPDATE ledger.events SET entry = '\"$sealed\"' WHERE position = {positions[20]}",
+        f"UPDATE ledger.events SET entry = convert_to(repeat('[', 9999) || '\"$sealed\"' || repeat(']', 9999), 'UTF8')"
+        f" WHERE position = {positions[21]}",
+    )
+    async with ledger.pool.connection() as connection:
+        whole = await recompute(connection)
+    for position in (positions[20], positions[21]):
+        assert [fault for fault in whole.faults if fault.startswith(f"demo: {position}: its bytes are no event")]
+    count, faults, asked = await opened()
+    assert [fault.split(":")[1].strip() for fault in faults] == [f"{position}" for position in broken]
+    assert asked < 50
 
 
 async def test_each_bit_of_each_signature_is_looked_at(ledger: Ledger) -> None:
