@@ -25,6 +25,7 @@ from ledger.vault import Vault
 from ops.checks import Finding, _room
 from ops.doctor import examine
 from ops.integrity import FAULTS_MAX, recompute
+from ops.keys_database import migrate_keys
 from ops.worker import work
 from projections import VIEWS, caught_up
 from tests.conftest import Database, database_of
@@ -299,6 +300,26 @@ async def test_key_files_are_compared_with_what_each_project_began_with(
     key.unlink()
     assert "is missing" in (await findings(environ, "keys"))[0].seen
     assert not key.exists()
+
+
+async def test_what_guards_keys_is_looked_at_where_the_keys_are(
+    database: Database, postgres: EmbeddedServer, environ: dict[str, str]
+) -> None:
+    async def seen() -> list[str]:
+        found = await findings(environ | {"KEYS_DATABASE_URL": keys.api})
+        return [one.seen for one in found if (one.check, one.level) == ("roles", "problem")]
+
+    as_owner(database_of(postgres, "postgres"), "CREATE DATABASE keys_looked_at")
+    keys = database_of(postgres, "keys_looked_at")
+    await migrate_keys(keys.owner, None)
+    assert await seen() == []
+    as_owner(keys, "ALTER TABLE keys.data_keys DISABLE TRIGGER only_erased")
+    as_owner(keys, "GRANT DELETE ON keys.data_keys TO muniment_api")
+    assert await seen() == [
+        *(f"muniment_{role} was granted DELETE on keys.data_keys" for role in ("api", "worker")),  # which may as that
+        "the trigger only_erased on keys.data_keys does not fire",
+    ]
+    as_owner(database_of(postgres, "postgres"), "DROP DATABASE keys_looked_at WITH (FORCE)")
 
 
 async def test_what_signs_is_for_the_worker_alone(database: Database, environ: dict[str, str], tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from ledger.receipt import Receipt
 from ledger.subjects import EraseSubject
 from ledger.values import Actor
 from ledger.vault import Vault
-from ops.doctor import examine
 from ops.keys_database import check_keys, files, migrate_keys
 from ops.migrate import MigrationError, migrate
 from tests.conftest import Database, database_of
@@ -204,22 +203,3 @@ async def test_where_the_keys_are_away_a_list_is_answered_but_for_what_is_sealed
                 sealed, plain = (await client.post("/commands", json=starting, timeout=30)).json()
     assert (sealed["status"], sealed["body"]["code"], sealed["positions"]) == (503, "store_unavailable", [3])
     assert (plain["status"], plain["body"]["metadata"]) == (200, {"who": "it"})
-
-
-async def test_the_doctor_looks_at_what_guards_the_keys_where_they_are(
-    database: Database, keys: Database, tmp_path: Path
-) -> None:
-    environ = {"MUNIMENT_MODE": "development", "MUNIMENT_HOME": str(tmp_path)}
-    environ |= {"DATABASE_URL": database.api, "KEYS_DATABASE_URL": keys.api}
-
-    async def seen() -> list[str]:
-        return [found.seen async for found in examine(environ) if (found.check, found.level) == ("roles", "problem")]
-
-    assert await seen() == []
-    with psycopg.connect(keys.owner, autocommit=True) as connection:
-        connection.execute("ALTER TABLE keys.data_keys DISABLE TRIGGER only_erased")
-        connection.execute("GRANT DELETE ON keys.data_keys TO muniment_api")
-    assert await seen() == [
-        *(f"muniment_{role} was granted DELETE on keys.data_keys" for role in ("api", "worker")),  # which may as that
-        "the trigger only_erased on keys.data_keys does not fire",
-    ]
