@@ -1,8 +1,8 @@
 """What publishing costs: appends while the worker publishes and while it does not, to one ledger, with witnesses, and
 to many ledgers; and how long after its commit an event is covered by a checkpoint that is served.
 
-As a program of the bench it appends to ledgers; told: url, keys, projects, callers (of each), seconds. The commands are
-made before the clock starts.
+As a program of the bench it appends to ledgers; told: url, keys, projects, seconds, callers of
+each; or events_per_second, of all. The commands are made before the clock starts.
 """
 
 import asyncio
@@ -38,8 +38,12 @@ CALLERS = 32
 LEDGERS = 100
 WITNESSES = 2
 EVENTS_PER_SECOND = 2000
+EVENTS_STEADILY = 1000
 BATCH_CONNECTIONS = 16
 LOOK_SECONDS = 0.002
+A_MOMENT = 0.1
+STARTED_SECONDS, COVERED_SECONDS = 2.0, 3.0
+"""How long a program takes to get ready, and the views and the log to have all that it appended, at most as a rule."""
 
 _NOT_PUBLISHED = "INSERT INTO projections.leases VALUES ('publisher', 'the bench', 1, 'infinity')"
 """The worker leaves to another what that other has the lease of, and does all else."""
@@ -73,12 +77,16 @@ def publishing(stage: Stage) -> Iterator[dict[str, Measure]]:
     with ExitStack() as ends:
         auditors = [ends.enter_context(auditor(stage, number)) for number in range(WITNESSES)]
         one = Appends(stage, 1)
+        measured = {
+            "one ledger, not published": Appends(stage, 1, published=False),
+            "one ledger, published": one,
+            "one ledger, cosigned": Appends(stage, 1, auditors),
+            "many ledgers, not published": Appends(stage, many, published=False),
+            "many ledgers, published": Appends(stage, many),
+        }
         yield {
-            "one ledger, not published": Appends(stage, 1, published=False).measure,
-            "one ledger, published": one.measure,
-            "one ledger, cosigned": Appends(stage, 1, auditors).measure,
-            "many ledgers, not published": Appends(stage, many, published=False).measure,
-            "many ledgers, published": Appends(stage, many).measure,
+            **{name: appends.fast for name, appends in measured.items()},
+            **{f"steadily, {name}": appends.steadily for name, appends in measured.items()},
             "covered, 2,000 events/s": partial(covered, stage, one.database, _steadily),
             "covered, 100 commands a request": partial(covered, stage, one.database, _in_batches),
         }
@@ -107,7 +115,7 @@ class Appends:
         callers = CALLERS if ledgers == 1 else 1
         told = {"url": stage.api(self.database), "keys": str(stage.keys), "projects": projects, "callers": callers}
         self._program = partial(run_one, "publishing", told)
-        self._program(seconds=0.1)  # that all ledgers are there
+        self._program(seconds=A_MOMENT)  # that all ledgers are there
         self._settings = {}
         if not published:
             with psycopg.connect(stage.owner(self.database)) as owner:
@@ -122,20 +130,34 @@ class Appends:
                 with opened(one.home) as witness:
                     witness.add_log(key)
 
-    def measure(self) -> Figures:
-        """What was appended each second. Processor time is that of who appends, of the worker, and of PostgreSQL, until
-        the views have all of it, and the log where it is published."""
-        stage = self._stage
-        with (
-            serving.worker(stage, self.database, **self._settings) as worker,
-            psycopg.connect(stage.owner(self.database), autocommit=True) as owner,
-        ):
+    def fast(self) -> Figures:
+        """What was appended each second, as fast as it goes."""
+        with self._followed():
+            return Figures(**self._program(seconds=self._stage.seconds))
+
+    def steadily(self) -> Figures:
+        """What so many events a second cost in processor time: that of who appends, of the worker, and of PostgreSQL,
+        for as long, and until the views have all of it, and the log where it is published."""
+        seconds = self._stage.seconds
+        with self._followed() as (worker, owner):
+            worked, until = self._worked(worker), time.monotonic() + STARTED_SECONDS + seconds + COVERED_SECONDS
+            figures = self._program(seconds=seconds, events_per_second=EVENTS_STEADILY)
             self._caught_up(owner)
-            before, worked = _size(owner), self._worked(worker)
-            figures = self._program(seconds=stage.seconds)
-            self._caught_up(owner)
-            worked = (self._worked(worker) - worked) * figures["count"] / (_size(owner) - before)
+            time.sleep(max(0.0, until - time.monotonic()))  # as long where nothing is to be published
+            worked = self._worked(worker) - worked
         return Figures(**figures | {"cpu_seconds": figures["cpu_seconds"] + worked})
+
+    @contextmanager
+    def _followed(self) -> Iterator[tuple[int, psycopg.Connection[Any]]]:
+        """With a worker, whose id it is, that is through with all that was there."""
+        with (
+            serving.worker(self._stage, self.database, **self._settings) as worker,
+            psycopg.connect(self._stage.owner(self.database), autocommit=True) as owner,
+        ):
+            # One that just started looks at every log: that is done once it has followed what comes now.
+            self._program(seconds=A_MOMENT)
+            self._caught_up(owner)
+            yield worker, owner
 
     def _worked(self, worker: int) -> float:
         postgres = self._stage.server.pid
@@ -163,11 +185,6 @@ async def _key_of(stage: Stage, database: str) -> VerifierKey:
         assert ledger is not None
         (key,) = await tree.keys_of(connection, f"{await store.deployment(connection)}/{ledger.ledger_id}")
     return key.vkey
-
-
-def _size(owner: psycopg.Connection[Any]) -> int:
-    ((size,),) = owner.execute("SELECT sum(size)::bigint FROM ledger.ledgers").fetchall()
-    return int(size)
 
 
 # From the commit until it is covered
@@ -214,23 +231,39 @@ def watch(stage: Stage, database: str, loading: Future[None]) -> Figures:
     return Figures(**summary(list(of_events), grown[-1][0] - grown[0][0]))
 
 
-async def main(url: str, keys: str, projects: list[str], callers: int, seconds: float) -> None:
+async def main(
+    url: str, keys: str, projects: list[str], callers: int, seconds: float, events_per_second: int | None = None
+) -> None:
     async with committing(url, keys) as committer:
 
-        async def load(supply: Iterator[mix.Unit], seconds: float) -> tuple[list[float], float]:
+        async def fast(supply: Iterator[mix.Unit], seconds: float) -> tuple[list[float], float]:
             loads = [Load(committer, project, supply) for project in projects]
             begun = time.perf_counter()
             await asyncio.gather(*(one.run(callers, seconds) for one in loads))
             return [took for one in loads for took in one.taken_ms], time.perf_counter() - begun
 
-        warm_up, took = await load(mix.units(), min(WARM_UP_SECONDS, seconds))
-        needed = len(warm_up) / took * seconds * 2 / mix.UNIT_COMMANDS + callers * len(projects)
+        async def steadily(supply: list[mix.Unit], every: float) -> tuple[list[float], float]:
+            loads = [Load(committer, project, iter([unit])) for unit, project in zip(supply, itertools.cycle(projects))]
+            begun = time.perf_counter()
+            async with asyncio.TaskGroup() as group:
+                for number, load in enumerate(loads):
+                    await asyncio.sleep(begun + number * every - time.perf_counter())
+                    group.create_task(load.run(1, float("inf")))
+            return [took for one in loads for took in one.taken_ms], time.perf_counter() - begun
+
+        needed = (events_per_second or 0) * seconds / mix.UNIT_COMMANDS
+        if not events_per_second:
+            warm_up, took = await fast(mix.units(), min(WARM_UP_SECONDS, seconds))
+            needed = len(warm_up) / took * seconds * 2 / mix.UNIT_COMMANDS + callers * len(projects)
         supply = list(itertools.islice(mix.units(), int(needed)))
         gc.collect()
         gc.freeze()
         wait_for_word()
         worked = time.process_time()
-        taken_ms, took = await load(iter(supply), seconds)
+        if events_per_second:
+            taken_ms, took = await steadily(supply, mix.UNIT_COMMANDS / events_per_second)
+        else:
+            taken_ms, took = await fast(iter(supply), seconds)
         worked = time.process_time() - worked
     answer(**summary(taken_ms, took), cpu_seconds=worked)
 

@@ -39,9 +39,9 @@ class Row(msgspec.Struct, frozen=True):
         return self.compared != "rate"
 
 
-PUBLISHED: list[tuple[str, float, Literal["cpu_us"] | None]] = [
-    ("", 0.9, None),
-    (": processor time of all processes", 1.11, "cpu_us"),
+PUBLISHED: list[tuple[str, str, float, Literal["cpu_us"] | None]] = [
+    ("", "", 0.9, None),
+    (", 1,000 events/s: processor time of all processes", "steadily, ", 1.11, "cpu_us"),
 ]
 QUEUES = ("procrastinate", "pgqueuer", "pg-boss")
 
@@ -172,13 +172,13 @@ ROWS = {
     ],
     "publishing": [
         *(
-            Row(f"appends to {what}{more}", over, under, goal, of=of)
+            Row(f"appends to {what}{more}", f"{kind}{over}", f"{kind}{under}", goal, of=of)
             for what, over, under in (
                 ("one ledger, published / not", "one ledger, published", "one ledger, not published"),
                 ("one ledger, cosigned by two / not published", "one ledger, cosigned", "one ledger, not published"),
                 ("100 ledgers, published / not", "many ledgers, published", "many ledgers, not published"),
             )
-            for more, goal, of in PUBLISHED
+            for more, kind, goal, of in PUBLISHED
         ),
         *(
             Row(f"from commit to covered by a checkpoint, p99 at {load} (ms, absolute)", f"covered, {load}", None, 2000)
@@ -242,8 +242,8 @@ NOTES = {
     "publishing": [
         "- publishing: 32 callers in a process of their own, or one for each of 100 ledgers (fewer in rounds under",
         "  1 s), and a worker with every view; where it does not publish, all else is the same. Processor time is that",
-        "  of callers, worker and PostgreSQL, until the views have all of it, and the log. Two witnesses run on this",
-        "  machine too. Covered: from when an event can first be seen, while the views follow as well",
+        "  of callers, worker and PostgreSQL for as long, and until views and logs have it all. Two witnesses run on",
+        "  this machine too. Covered: from when an event can first be seen, while the views follow as well",
     ],
     "proofs": [
         "- proofs: of a ledger of as many events as --events says, one at a time; the mirror is of as many, or of a",
