@@ -33,6 +33,7 @@ from ledger.verify import (
     Stated,
     Trust,
     Verdict,
+    check_payload,
     read_checkpoint,
 )
 
@@ -127,7 +128,7 @@ class Inventory:
         else:
             self._runs.append([position, position])
         self._types[seen.type] += 1
-        if seen.stream_type != OPAQUE:
+        if seen.stream_type != OPAQUE and not seen.is_adoption:
             self._versions[seen.stream_id].append(seen.stream_version)
         self._times = [*self._times[:1], seen.recorded_at]
         if position in self._edges and re.match(_TIME, seen.recorded_at):
@@ -232,11 +233,14 @@ def verify_bundle(read: Read, names: Collection[str], trust: Trust) -> tuple[Ver
         entry = _proven(position, noted, note, checkpoint, verdict)
         if entry is not None:
             verdict.entries += 1
-            stated = order.check(position, entry, noted, verdict)
+            stated = order.check(position, entry, verdict)
             if stated is not None:
                 found.take(position, stated)
+            if stated and stated.data_sha256:
+                check_payload(position, stated, noted, verdict)
         elif verdict.faulty >= FAULTS_MAX:
             return verdict, said  # nothing more is there
+    order.end(verdict)
     _compare(said, found.manifest(), verdict)
     for name in sorted(set(names) - seen):
         verdict.add(name, "nothing in the bundle is about it, and it was not looked at")

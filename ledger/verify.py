@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from ledger.checkpoint import Checkpoint, InclusionProof, InvalidNote, Note, Signed, VerifierKey, check_signed
+from ledger.epoch import ADOPTION, Change, Epoch, adopted_in, epochs_of, lost
 from ledger.merkle import (
     TILE_HASHES,
     Edge,
@@ -74,6 +75,7 @@ class Verdict(Struct):
     signed: Signed | None = None
     entries: int = 0
     payloads: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     faulty: int = 0
 
@@ -144,6 +146,11 @@ class Stated(Struct, gc=False):
     data_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")] = ""
     data_bytes: int = 0
 
+    @property
+    def is_adoption(self) -> bool:
+        """Whether it is the first entry of an epoch."""
+        return (self.stream_type, self.type) == ADOPTION
+
     @staticmethod
     def of(entry: bytes) -> "Stated":
         """Raises what is in UNREADABLE where that is no event."""
@@ -157,20 +164,22 @@ class Order:
     """What entries say of themselves, looked at in the order of their positions; what lies between may be missing."""
 
     def __init__(self, origin: str, *, complete: bool) -> None:
-        self._ledger = origin.rpartition("/")[2]
+        self._origin = origin
         self._complete = complete
+        self._changes: list[Change] = []
         self._versions: dict[str, int] = {}
         self._recorded_at = ""
 
-    def check(self, position: int, entry: bytes, read: Read, verdict: Verdict) -> Stated | None:
-        """What an entry says of itself; what contradicts those before it, or the payload beside it, is a fault."""
+    def check(self, position: int, entry: bytes, verdict: Verdict) -> Stated | None:
+        """What an entry says of itself; what contradicts those before it is a fault."""
         try:
             seen = Stated.of(entry)
+            adopted = adopted_in(entry) if seen.is_adoption else None
         except UNREADABLE as error:
             verdict.add(position, f"its bytes are no event: {error}")
             return None
-        if seen.ledger != self._ledger:
-            verdict.add(position, "it was written for another ledger", self._ledger, seen.ledger)
+        if adopted or not self._changes or self._changes[-1].ledger != seen.ledger:
+            self._changes.append(Change(position, seen.ledger, adopted))
         before = self._versions.get(seen.stream_id, 0)
         self._versions[seen.stream_id] = seen.stream_version
         if seen.stream_type != OPAQUE and not self._follows(before, seen.stream_version):
@@ -180,15 +189,20 @@ class Order:
             what = "it was recorded before an entry that stands before it"
             verdict.add(position, what, self._recorded_at, seen.recorded_at)
         self._recorded_at = seen.recorded_at
-        if seen.data_sha256:
-            _check_payload(position, seen, read, verdict)
         return seen
+
+    def end(self, verdict: Verdict) -> None:
+        """No more entries come: name those that were written for another ledger, and the epochs of this one."""
+        verdict.epochs, wrong = epochs_of(self._origin, self._changes)
+        for one in wrong:
+            verdict.add(*one)
 
     def _follows(self, before: int, version: int) -> bool:
         return version == before + 1 if self._complete else version > before
 
 
-def _check_payload(position: int, seen: Stated, read: Read, verdict: Verdict) -> None:
+def check_payload(position: int, seen: Stated, read: Read, verdict: Verdict) -> None:
+    """Name what is wrong with the data beside an entry."""
     verdict.payloads += 1
     try:
         payload = read(f"payload/{seen.data_sha256}")
@@ -224,11 +238,14 @@ def verify_log(read: Read, trust: Trust, held: Collection[Checkpoint] = ()) -> V
             other[index] = stored, leaves
         tree.extend(stored or leaves)
         for position, entry in enumerate(entries, index * TILE_HASHES + 1):
-            order.check(position, entry, read, verdict)
+            seen = order.check(position, entry, verdict)
+            if seen and seen.data_sha256:
+                check_payload(position, seen, read, verdict)
         verdict.entries += len(entries)
         if not (stored or entries) and verdict.faulty >= FAULTS_MAX:
             break  # nothing more is there
     tree.end()
+    order.end(verdict)
     if other:
         tree = _blamed(read, now, tree, other, verdict)
     for fault in tree.faults:
@@ -236,21 +253,36 @@ def verify_log(read: Read, trust: Trust, held: Collection[Checkpoint] = ()) -> V
     if tree.root != now.root:
         what = f"the first {now.size} entries are not those that were signed"
         verdict.add("root", what, now.root.hex(), tree.root.hex() if tree.root else "none")
-    for fault in _unlike(held, now, read if tree.root and not (other or tree.faults) else None):
+    sound = read if tree.root and not (other or tree.faults) else None
+    verdict.epochs = [one._replace(is_here=_is_here(one, now.size, sound)) for one in verdict.epochs]
+    for fault in _unlike(held, now, verdict.epochs, sound):
         verdict.add(*fault)
     return verdict
 
 
-def _unlike(held: Collection[Checkpoint], now: Checkpoint, read: Read | None) -> Iterator[Fault]:
+def _unlike(
+    held: Collection[Checkpoint], now: Checkpoint, epochs: Collection[Epoch], read: Read | None
+) -> Iterator[Fault]:
     """Which of the checkpoints that are held are not of the log's beginning. `read`: unless its tiles have faults."""
     for one in held:
-        if one.origin != now.origin:
+        if gone := list(lost(one, epochs)):
+            yield from (Fault(str(where), *what) for where, *what in gone)
+        elif one.origin not in {now.origin, *(epoch.origin for epoch in epochs)}:
             yield Fault("checkpoint", "it is of another log than the one that is held", one.origin, now.origin)
-        elif one.size > now.size:
+        elif one.origin == now.origin and one.size > now.size:
             yield Fault("checkpoint", OLDER, str(one.size), str(now.size))
         elif read is not None and (found := _root_at(one.size, now.size, read)) != one.root:
             what = f"the first {one.size} entries are not those that were signed before"
             yield Fault("root", what, one.root.hex(), found.hex())
+
+
+OLDER = "it ends before the one that is held: history was rolled back, or this is an older copy"
+
+
+def _is_here(epoch: Epoch, size: int, read: Read | None) -> bool | None:
+    if epoch.last is None or read is None:
+        return None
+    return epoch.last.size < epoch.position and _root_at(epoch.last.size, size, read) == epoch.last.root
 
 
 def _root_at(size: int, now: int, read: Read) -> bytes:
@@ -260,9 +292,6 @@ def _root_at(size: int, now: int, read: Read) -> bytes:
         tile = tile_of(node, now)
         hashes.append(in_tile(node, b"".join(_parts(read, str(tile.level), tile.index, tile.width, Verdict()))))
     return joined(hashes)
-
-
-OLDER = "it ends before the one that is held: history was rolled back, or this is an older copy"
 
 
 def _parts(read: Read, kind: str, index: int, width: int, verdict: Verdict) -> list[bytes]:

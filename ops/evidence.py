@@ -31,7 +31,7 @@ from ledger.store import Stored
 from ledger.tree import Log
 from ledger.values import stamp
 from ledger.vault import Vault
-from ledger.verify import Stated, Trust, read_checkpoint
+from ledger.verify import Order, Stated, Trust, Verdict, read_checkpoint
 from ledger.witness import read_witnesses
 from ops import OperatorError
 from ops.desk import reached
@@ -233,6 +233,8 @@ async def write(
         keys = await tree.keys_of(connection, source.log.origin)
     signed = read_checkpoint(source.log.published, Trust([key.vkey for key in keys], source.witnesses))
     inventory = Inventory(asked, signed.checkpoint)
+    order, seen = Order(signed.checkpoint.origin, complete=False), Verdict()
+    positions = sorted({*positions, *await _adoptions(source, positions)})
     told: list[Told] = []
     with _new(path) as archive:
         for begin in range(0, len(positions), ENTRIES_AT_ONCE):
@@ -241,6 +243,7 @@ async def write(
                 rows = await store.read_positions(connection, source.ledger_id, some)
                 proofs = await _proofs(connection, source, some)
             for row in rows:
+                order.check(row.position, row.entry, seen)
                 inventory.take(row.position, Stated.of(row.entry))
                 _add(archive, f"entries/{row.position}.json", row.entry)
                 _add(archive, f"proofs/{row.position}.tlog-proof", proofs[row.position])
@@ -248,12 +251,24 @@ async def write(
                     _add(archive, f"payload/{sha256(row.payload).hexdigest()}", row.payload)
             told += await _readable(source, rows[: EVENTS_MAX - len(told)], vault)
         manifest = inventory.manifest()
+        order.end(seen)
         vkey = next(key for key, at in signed.by.items() if at is None)
         _add(archive, "checkpoint", source.log.published)
         _add(archive, "keys.json", encode_keys(keys))
         _add(archive, "manifest.json", manifest.encode())
-        _add(archive, "report.html", report(manifest, signed, str(vkey), told).encode())
+        _add(archive, "report.html", report(manifest, signed, str(vkey), told, seen.epochs).encode())
     return manifest
+
+
+async def _adoptions(source: Source, positions: Sequence[int]) -> list[int]:
+    """The entries behind these by which the log goes on from earlier ones: without them these are not of this log."""
+    async with source.pool.connection() as connection:
+        (first,) = await store.read_positions(connection, source.ledger_id, positions[:1])
+        if Stated.of(first.entry).ledger == source.log.origin.rpartition("/")[2]:
+            return []
+        ends = {"after": positions[0], "size": source.log.published_size}
+        found = await fetch(connection, SQL.adoptions, ledger_id=source.ledger_id, **ends)
+    return [position for (position,) in found]
 
 
 @contextmanager

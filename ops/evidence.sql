@@ -9,3 +9,10 @@ WHERE ledger_id = %(ledger_id)s AND position <= %(size)s AND stream_id IN (
     SELECT unnest(%(stream_ids)s)
 )
 ORDER BY position
+
+
+-- name: adoptions
+-- Where the log went on from an earlier one. No index has the type: all is read, in a ledger that was ever adopted.
+SELECT position FROM ledger.events
+WHERE ledger_id = %(ledger_id)s AND type = 'LedgerAdopted' AND position > %(after)s AND position <= %(size)s
+ORDER BY position

@@ -19,9 +19,10 @@ import msgspec
 
 from ledger.checkpoint import Signed
 from ledger.entry import FACTS, Event, whole
+from ledger.epoch import Epoch
 from ledger.evidence import Manifest
 from ledger.personal import ERASED, SEALED
-from ledger.verify import UNREADABLE, Read, Stated
+from ledger.verify import UNREADABLE, Read, Stated, Verdict
 
 EVENTS_MAX = 5_000
 """So many are told; a browser bears no more. All are in the bundle."""
@@ -55,7 +56,7 @@ class Told(NamedTuple):
         return fact is not None and fact.stream_type == self.event.get("stream_type") and self.reads_as(fact)
 
 
-def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told]) -> str:
+def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told], epochs: Iterable[Epoch] = ()) -> str:
     """The page. `events` are the first that the bundle has, in order: no more than EVENTS_MAX."""
     complete = manifest.completeness
     readable = [told for told in events if told.reads_as(dict)]
@@ -71,8 +72,9 @@ def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told]
         ),
         state=complete.state,
         state_said=complete.state.replace("_", " "),
-        because=_text(f"{complete.because[:1].upper()}{complete.because[1:]}."),
+        because=_text(f"{_begun(complete.because)}."),
         missing=missing,
+        epochs="".join(f'<p class="state gap">{_text(_begun(str(one)))}.</p>' for one in epochs),
         people=_titled("Who acted", _people(readable)),
         sessions=_titled("In which sessions", map(_session, _streams(known, "session"))),
         approvals=_titled("What was asked, and who decided", _approvals(known)),
@@ -83,12 +85,13 @@ def report(manifest: Manifest, signed: Signed, vkey: str, events: Sequence[Told]
     )
 
 
-def report_of(manifest: Manifest, signed: Signed, read: Read) -> str:
-    """The page, from a bundle that was verified."""
+def report_of(manifest: Manifest, found: Verdict, read: Read) -> str:
+    """The page, from a bundle that was verified, and found to be signed."""
+    assert found.signed is not None
     positions = islice((at for first, last in manifest.runs for at in range(first, last + 1)), EVENTS_MAX)
     events = [Told(position, _event(read(f"entries/{position}.json"), read)) for position in positions]
-    vkey = next(key for key, at in signed.by.items() if at is None)
-    return report(manifest, signed, str(vkey), events)
+    vkey = next(key for key, at in found.signed.by.items() if at is None)
+    return report(manifest, found.signed, str(vkey), events, found.epochs)
 
 
 def _event(entry: bytes, read: Read) -> dict[str, Any]:
@@ -102,6 +105,10 @@ def _event(entry: bytes, read: Read) -> dict[str, Any]:
 
 
 _page = Template(files("ops").joinpath("report.html").read_text("utf-8"))
+
+
+def _begun(sentence: str) -> str:
+    return f"{sentence[:1].upper()}{sentence[1:]}"
 
 
 def _titled(title: str, parts: Iterable[str]) -> str:
@@ -300,6 +307,7 @@ SENTENCES = {
     "OutcomeReconciled": "said later what came of it: {outcome}",
     "ApprovalRevoked": "revoked",
     "ApprovalLapsed": "lapsed unused",
+    "LedgerAdopted": "went on with the ledger as it is here, in place of {adopted}, whose history was rolled back",
     "CommandRefused": "was refused {command_type}: {code}",
     "LateResultRefused": "brought a result too late",
 }

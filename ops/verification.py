@@ -5,22 +5,19 @@ caller names: the keys of the log and of its witnesses, got from somewhere else 
 computed is in ledger/verify.py and ledger/evidence.py; here is what is opened, and what is said.
 """
 
-import os
-import stat
-import struct
 import sys
-import zlib
 from collections.abc import Collection, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Annotated, NamedTuple
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+from zipfile import is_zipfile
 
 import msgspec
 from cyclopts import App, Parameter
-from msgspec import Struct
+from msgspec import Struct, field
 
 from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNote, Note, Signed, VerifierKey, read_hash
+from ledger.epoch import Epoch, lost
 from ledger.evidence import verify_bundle
 from ledger.merkle import InvalidProof
 from ledger.values import Stamp, stamp
@@ -35,8 +32,8 @@ from ledger.verify import (
     verify_log,
     verify_proof,
 )
-from ops import OperatorError
-from ops.report import report_of, visible
+from ops.copies import VerificationError, in_archive, in_directory, on_a_line, opened
+from ops.report import report_of
 
 verify = App(
     name="verify",
@@ -48,27 +45,9 @@ FAULTY, NOT_SHOWN = 1, 2
 """How the command ends where something is wrong, and where nothing is but not all is shown. Else 0."""
 
 
-FILE_BYTES_MAX = 256 * 1024 * 1024
-"""No file of a log is that large: what is, was made to fill the memory of who looks at it."""
-
-UNREADABLE_ARCHIVE = (BadZipFile, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
-"""What is raised of a file that is no zip file, or one of a kind that is not known."""
-
-
-class VerificationError(OperatorError):
-    """What was given cannot be looked at; the message says why."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(_on_a_line(message))
-
-
 def _say(line: object) -> None:
     """Every line that is printed has something in it of what is looked at."""
-    print(_on_a_line(str(line)))
-
-
-def _on_a_line(text: str) -> str:
-    return visible(text).translate({9: "\ufffd", 10: "\ufffd"})
+    print(on_a_line(str(line)))
 
 
 class Growth(Struct):
@@ -136,7 +115,8 @@ def files(
         log, witnesses = _keys(key), _keys(witness)
         trust, given = _trust(log, witnesses, quorum), _sorted_out(paths)
         told = Told({key: until for key, until in log.items() if until is not None}, trust.quorum)
-        held = [_held(path, trust, told) for path in given.checkpoints]
+        can_be_earlier = bool(given.mirrors or given.bundles)
+        held = [_held(path, trust, told, can_be_earlier=can_be_earlier) for path in given.checkpoints]
         held += [_bundle(path, trust, told, report) for path in given.bundles]
         held += [_proof(path, entry, trust, told) for path in given.proofs]
         known = [signed.checkpoint for signed in held if signed]
@@ -164,6 +144,7 @@ class Told(Struct):
 
     retired: dict[VerifierKey, Stamp]
     quorum: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
     faults: int = 0
     not_shown: int = 0
 
@@ -172,6 +153,8 @@ class Told(Struct):
         _say(f"{what}: {f'{found.faulty:,} faults' if found.faulty else 'whole'}")
         if found.signed:
             self.signed(found.signed)
+        for epoch in found.epochs:
+            _say(f"  {epoch}")
         for fault in found.faults:
             _say(f"  {fault}")
         if found.faulty > len(found.faults):
@@ -238,11 +221,7 @@ def _mirror(path: Path, trust: Trust, held: Sequence[Checkpoint], told: Told) ->
 
 
 def _bundle(path: Path, trust: Trust, told: Told, report: Path | None) -> Signed | None:
-    try:
-        opened = ZipFile(path)
-    except UNREADABLE_ARCHIVE as error:
-        raise VerificationError(f"{path} cannot be read: {error}") from None
-    with opened as archive:
+    with opened(path) as archive:
         names = archive.namelist()
         if len(set(names)) != len(names):
             told.fault(f"{path}: it has two files of one name")
@@ -251,7 +230,7 @@ def _bundle(path: Path, trust: Trust, told: Told, report: Path | None) -> Signed
         trust = _trusting(trust, read, path, told)
         found, manifest = verify_bundle(read, names, trust)
         if report is not None and manifest and found.signed and not found.faulty:
-            report.write_text(report_of(manifest, found.signed, read), "utf-8")
+            report.write_text(report_of(manifest, found, read), "utf-8")
     asked = f", {manifest.asked}" if manifest else ""
     told.verdict(f"{path}: {found.entries:,} entries{asked}", found)
     if manifest is None or found.faulty:
@@ -263,6 +242,7 @@ def _bundle(path: Path, trust: Trust, told: Told, report: Path | None) -> Signed
     told.not_shown += complete.state == "gap"
     if "report.html" in names:
         _say("  its report.html was not looked at: it is no evidence (--report makes one of these entries)")
+    told.epochs += found.epochs
     return found.signed
 
 
@@ -284,11 +264,18 @@ def _proof(path: Path, entry: Path | None, trust: Trust, told: Told) -> Signed |
     return signed
 
 
-def _held(path: Path, trust: Trust, told: Told) -> Signed | None:
+def _held(path: Path, trust: Trust, told: Told, *, can_be_earlier: bool) -> Signed | None:
     if not _has_key(trust, path, told):
         return None
+    content = path.read_bytes()
+    origin = content.partition(b"\n")[0].decode(errors="replace")
+    if can_be_earlier and origin not in {key.name for key in trust.log}:
+        # A log that was adopted signed by the same keys, under its own name.
+        renamed = {key: key._replace(name=origin) for key in trust.log}
+        trust = trust._replace(log=list(renamed.values()))
+        told.retired |= {renamed[key]: until for key, until in told.retired.items() if key in renamed}
     try:
-        signed = read_checkpoint(path.read_bytes(), trust)
+        signed = read_checkpoint(content, trust)
     except InvalidNote as error:
         told.fault(Fault(str(path), str(error)))
         return None
@@ -324,6 +311,8 @@ def _compare(held: Sequence[Checkpoint], growths: Sequence[list[bytes]], told: T
             told.missing(f"whether {new.size:,} entries begin with those {old.size:,}: {error}")
     if len(unused) > len(unshown):
         told.missing("what a consistency proof is for: it is none of two of these checkpoints")
+    for where, what, *sizes in (wrong for one in ordered for wrong in lost(one, told.epochs)):
+        told.fault(Fault(str(where), what, *sizes))
     for one, other in pairwise(dict.fromkeys(one.origin for one in ordered)):
         told.missing(f"{one} and {other} are two logs, and cannot be compared")
 
@@ -392,50 +381,3 @@ def _trusting(trust: Trust, read: Read, path: Path, told: Told) -> Trust:
         return trust._replace(log=[key for key in _read_keys(read("keys.json")) if key.type != COSIGNATURE])
     except (FileNotFoundError, *UNREADABLE):
         return trust
-
-
-def in_directory(directory: Path) -> Read:
-    """The files of a directory. It raises VerificationError where something else has the name of one."""
-
-    def read(path: str) -> bytes:
-        try:
-            # Nothing that stands there for a file is waited for, or followed out of the directory.
-            file = os.open(directory / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        except NotADirectoryError:
-            raise FileNotFoundError(path) from None
-        try:
-            status = os.fstat(file)
-            if stat.S_ISDIR(status.st_mode):
-                raise FileNotFoundError(path)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES_MAX:
-                raise VerificationError(f"{directory / path} cannot be read: it is no file that a log has")
-            with os.fdopen(file, "rb", closefd=False) as opened:
-                return opened.read()
-        finally:
-            os.close(file)
-
-    return read
-
-
-def in_archive(archive: ZipFile) -> Read:
-    """The files of a zip file, which are in it as they are. Raises VerificationError where they are not, and so may be
-    of any size."""
-    files = archive.infolist()
-    if any(one.compress_type != ZIP_STORED for one in files):
-        raise VerificationError(f"{archive.filename} cannot be read: a bundle's files are stored, and not compressed")
-    if sum(max(one.file_size, one.compress_size) for one in files) > archive.start_dir:
-        raise VerificationError(f"{archive.filename} cannot be read: its files are larger than it is")
-
-    def read(path: str) -> bytes:
-        try:
-            one = archive.getinfo(path)
-        except KeyError:
-            raise FileNotFoundError(path) from None
-        if one.file_size > FILE_BYTES_MAX:
-            raise VerificationError(f"{archive.filename} cannot be read: {path} is no file that a log has")
-        try:
-            return archive.read(one)
-        except UNREADABLE_ARCHIVE:
-            return b""  # by its own checksum it is not what was written: then it is nothing that a proof is about
-
-    return read

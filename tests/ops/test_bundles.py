@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from api.client import Client
-from ledger.checkpoint import VerifierKey
+from ledger import store
+from ledger.checkpoint import Checkpoint, Note, VerifierKey
 from ledger.commands import (
     BeginUse,
     CastVote,
@@ -28,19 +29,24 @@ from ledger.commands import (
 )
 from ledger.embedded import EmbeddedServer
 from ledger.evidence import Manifest, verify_bundle
+from ledger.merkle import leaf_hash
 from ledger.settings import Settings
+from ledger.signing import LogFiles
+from ledger.store import Append, EventRow
 from ledger.subjects import EraseSubject
-from ledger.values import Action, Actor, AgentDescription, moment
+from ledger.values import Action, Actor, AgentDescription, moment, stamp
 from ledger.vault import Vault
 from ledger.verify import Trust, verify_log
+from ops.copies import in_archive, in_directory
 from ops.evidence import EvidenceError, Source, _asked, _new, write
 from ops.importing import import_runs
 from ops.mirror import write as write_mirror
 from ops.runs import Options
 from ops.transcripts import Transcript
-from ops.verification import in_archive, in_directory
 from ops.worker import work
 from tests.conftest import Database
+from tests.ledger.adopted import NEW, adoption
+from tests.ledger.written import event
 from tests.ops.published import LARGE, Ledger, files_of, publishing
 from tests.ops.test_importing import RECORDED_RUNS, recorded_runs
 from tests.server import new_project, shared_server
@@ -61,6 +67,9 @@ async def ledger(database: Database, tmp_path: Path) -> AsyncIterator[Ledger]:
         yield ledger
         stop.set()
         await working
+
+
+KINDS = ("LedgerAdopted", "SessionAnnotated")
 
 
 async def a_refund(ledger: Ledger) -> tuple[UUID, UUID]:
@@ -194,6 +203,54 @@ async def test_a_time_is_the_stretch_that_was_recorded_then(ledger: Ledger, tmp_
 
 def _recorded(entry: bytes) -> datetime:
     return moment(msgspec.json.decode(entry)["recorded_at"])
+
+
+async def test_what_an_earlier_log_has_recorded_is_exported_with_the_entry_by_which_this_one_goes_on(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    session, _ = await a_refund(ledger)
+    before, ledger_id = await ledger.publish(), await ledger.ledger_id()
+    wanted: dict[str, Any] = dict.fromkeys(("session", "approval", "range_", "since", "until"))
+    of_session = await _asked(Source(ledger.pool, "demo", ledger_id, before), **wanted | {"session": session})
+    more: dict[str, Any] = {"project": "demo", "recorded_at": stamp(datetime.now(UTC))}
+    entries = [
+        adoption(13, NEW, ledger_id, before.published, **more),
+        event(14, 50, 1, ledger=NEW, **more)[0],
+    ]
+    rows = [
+        EventRow(uuid7(), 1, kind, entry, leaf_hash(entry), None) for kind, entry in zip(KINDS, entries, strict=True)
+    ]
+    async with ledger.pool.connection() as connection:
+        await store.append(connection, Append(ledger_id=ledger_id, seen=12, recorded_at=datetime.now(UTC), events=rows))
+    log = await ledger.publish()
+    root = Checkpoint.parse(Note.parse(log.published).text).root
+    # The log goes on under its new name, by the same key.
+    origin = f"{log.origin.rpartition('/')[0]}/{NEW}"
+    key = LogFiles(ledger.home / "keys").signer(origin, 1, VerifierKey.parse(await ledger.key()).public)
+    text = Checkpoint(origin, 14, root).text
+    log = msgspec.structs.replace(log, origin=origin, published=str(Note(text, (key.sign(text),))).encode())
+    source = Source(ledger.pool, ledger.project, ledger_id, log)
+    stretches = {stretch: await _asked(source, **wanted | {"range_": stretch}) for stretch in ("2:4", "12:14", "14:14")}
+    for asked, expected in (
+        (of_session, [13]),
+        (stretches["2:4"], [2, 3, 4, 13]),
+        (stretches["12:14"], [12, 13, 14]),
+        (stretches["14:14"], [14]),
+    ):
+        path = tmp_path / f"{expected}.zip"
+        await write(source, *asked, path)
+        with ZipFile(path) as archive:
+            found, manifest = verify_bundle(in_archive(archive), archive.namelist(), Trust([key.verifier]))
+        assert manifest is not None
+        complete = "not_established" if asked is of_session else "proven"
+        assert (found.faults, manifest.completeness.state) == ([], complete)
+        positions = [at for first, last in manifest.runs for at in range(first, last + 1)]
+        assert positions[-len(expected) :] == expected
+        told = (
+            f"History begins anew at position 13: {before.origin} went before, and its newest checkpoint that was known"
+        )
+        assert (told in Page(report(path)).text) == (13 in expected)
+        assert [epoch.position for epoch in found.epochs] == [13] * (13 in expected)
 
 
 async def test_the_same_entries_make_the_same_bytes(ledger: Ledger, tmp_path: Path) -> None:

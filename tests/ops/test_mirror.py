@@ -13,8 +13,8 @@ from ledger.checkpoint import Checkpoint, Note, VerifierKey
 from ledger.commands import OpenSession, Record
 from ledger.settings import Settings
 from ledger.verify import Trust, Verdict, verify_log
+from ops.copies import in_directory
 from ops.mirror import MirrorError, write
-from ops.verification import in_directory
 from tests.api.conftest import Token, running, settings, token
 from tests.conftest import Database
 from tests.ops.published import LARGE, Ledger, files_of, publishing

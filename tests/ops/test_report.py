@@ -10,6 +10,7 @@ import pytest
 from ledger.checkpoint import Checkpoint, Signed
 from ledger.entry import encode
 from ledger.evidence import Asked, Inventory, Manifest
+from ledger.verify import Verdict
 from ops.report import Told, report, report_of, visible
 from tests.ledger.golden import GOLDEN, event_of
 from tests.ledger.written import LOG, ORIGIN, entries, reader
@@ -77,7 +78,7 @@ def test_an_entry_of_any_bytes_is_told() -> None:
         *entries(2),
     ]
     files = {f"entries/{position}.json": entry for position, entry in enumerate(odd, 1)}
-    said = report_of(manifest(len(odd)), SIGNED, reader(files | {f"payload/{'0' * 64}": b""}))
+    said = report_of(manifest(len(odd)), Verdict(signed=SIGNED), reader(files | {f"payload/{'0' * 64}": b""}))
     assert f'id="p{len(odd)}"' in said
     assert "number 2" in said
 

@@ -15,10 +15,14 @@ import pytest
 
 from ledger.checkpoint import Note
 from ledger.evidence import Asked
+from tests.ledger.adopted import KEY as NEW_KEY
+from tests.ledger.adopted import adopted, files_of, held
+from tests.ledger.test_epoch import bundle as epoch_bundle
 from tests.ledger.test_evidence import bundle
 from tests.ledger.written import (
     LEDGER,
     LOG,
+    ORIGIN,
     WITNESSES,
     Files,
     checkpoint_of,
@@ -163,6 +167,43 @@ def test_two_mirrors_of_a_log_are_compared_with_each_other(tmp_path: Path) -> No
     note = signed(checkpoint_of(HISTORY, stranger.name), log=stranger)
     other = mirror(tmp_path / "other", written(HISTORY, note=note))
     assert verify(other, older, "--key", KEY, "--key", stranger.verifier)[0] == 0
+
+
+def test_a_log_that_goes_on_from_another_is_compared_with_what_that_had_signed(tmp_path: Path) -> None:
+    directory = mirror(tmp_path / "log", files_of(adopted(held(310))))
+    key = ("--key", NEW_KEY)
+    code, said = verify(directory, *key)
+    assert code == 0, said
+    assert f"  history begins anew at position 301: {ORIGIN} went before" in said
+    assert "its newest checkpoint that was known covered 310 entries, of which at most 300 are here" in said
+    older = file(tmp_path / "older", signed(held(290)))
+    code, said = verify(directory, older, *key)
+    assert (code, "its first 290 entries are those of the checkpoint you hold" in said) == (0, True)
+    newer = file(tmp_path / "newer", signed(held(305)))
+    code, said = verify(directory, newer, *key)
+    assert (code, f"301: 5 entries are lost that the checkpoint of {ORIGIN} covers" in said) == (1, True)
+    forged = file(tmp_path / "forged", signed(held(290), log=LOG._replace(seed=bytes(32))))
+    code, said = verify(directory, forged, *key)
+    assert (code, "no key that is known here has signed the note" in said) == (1, True)
+    code, said = verify(older, *key)
+    assert (code, "of which no key is known here" in said) == (1, True)
+    retired = {"keys": [{"vkey": str(NEW_KEY), "until": "2026-01-01T00:00:00.000000Z"}]}
+    code, said = verify(directory, older, "--key", file(tmp_path / "keys", msgspec.json.encode(retired)))
+    assert (code, said.count("and no witness says that it was before")) == (2, 2)
+
+
+def test_a_bundle_of_what_was_recorded_before_says_what_went_before_in_its_report_too(tmp_path: Path) -> None:
+    files = epoch_bundle(adopted(held(310)), [3, 4, 5, 301], Asked(first=3, last=5))
+    path = archive(tmp_path / "b.zip", files)
+    key = ("--key", NEW_KEY)
+    code, said = verify(path, *key, "--report", tmp_path / "mine.html")
+    assert (code, "history begins anew at position 301" in said) == (0, True)
+    page = (tmp_path / "mine.html").read_text()
+    assert f"History begins anew at position 301: {ORIGIN} went before" in page
+    assert "covered 310 entries, of which at most 300 are here" in page
+    newer = file(tmp_path / "newer", signed(held(310)))
+    code, said = verify(path, newer, *key)
+    assert (code, f"301: 10 entries are lost that the checkpoint of {ORIGIN} covers" in said) == (1, True)
 
 
 def test_what_only_retired_keys_have_signed_must_have_been_seen_before(tmp_path: Path) -> None:
