@@ -13,18 +13,18 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 from urllib.parse import unquote
 from uuid import UUID
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Meta, Struct
 
 from api.events import position_of
 from api.http import Answer, Call, encode
 from api.reading import NoParameters, SingleHeaders, matches, reading
 from ledger import store, tree
-from ledger.checkpoint import InclusionProof, Note
+from ledger.checkpoint import InclusionProof, Note, ShownKeys
 from ledger.errors import MalformedRequest, NotFound, ViewBehind
 from ledger.merkle import TILE_HASHES, TILE_LEVELS, Tile, read_tile_path
 from ledger.postgres import Connection
 from ledger.tree import Log
-from ledger.values import Count, Stamp
+from ledger.values import Count
 
 TEXT, BYTES = b"text/plain; charset=utf-8", b"application/octet-stream"
 LEVELS = 64
@@ -51,20 +51,6 @@ class Consistency(Struct):
     """The hashes that show that the tree of the newer checkpoint begins with that of the older (RFC 9162 s2.1.4)."""
 
     proof: list[bytes]
-
-
-class ShownKey(Struct, kw_only=True, omit_defaults=True, rename={"from_": "from"}):
-    """A key of the log, as C2SP signed-note writes it: it signed `from` then on, `until` it was retired."""
-
-    vkey: str
-    from_: Stamp
-    until: Stamp | UnsetType = UNSET
-
-
-class ShownKeys(Struct):
-    """The keys of the log, the oldest first; retired ones too, for what they have signed."""
-
-    keys: list[ShownKey]
 
 
 class NoCheckpoint(NotFound):
@@ -237,8 +223,7 @@ async def get_log_keys(call: Call, query: NoParameters) -> Answer:
     ask whom it verifies."""
     async with published(call) as (connection, _, log):
         known = await tree.keys_of(connection, log.origin)
-    keys = [ShownKey(vkey=str(key.vkey), from_=key.from_, until=key.until or UNSET) for key in known]
-    return Answer(200, encode(ShownKeys(keys)), [*SOON_OLD])
+    return Answer(200, encode(tree.shown(known)), [*SOON_OLD])
 
 
 # Proofs

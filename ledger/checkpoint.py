@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from msgspec import UNSET, Struct, UnsetType
 
 from ledger.merkle import HASH_BYTES
+from ledger.values import Stamp
 
 ED25519 = 1
 """C2SP signed-note: an Ed25519 signature of the text."""
@@ -92,6 +94,20 @@ class VerifierKey(NamedTuple):
         except (InvalidSignature, ValueError):
             raise InvalidNote(f"the signature of {self.name} ({self.id.hex()}) is not one of this text") from None
         return at
+
+
+class ShownKey(Struct, kw_only=True, omit_defaults=True, rename={"from_": "from"}):
+    """A key of the log, as C2SP signed-note writes it: it signed `from` then on, `until` it was retired."""
+
+    vkey: str
+    from_: Stamp
+    until: Stamp | UnsetType = UNSET
+
+
+class ShownKeys(Struct):
+    """The keys of the log, the oldest first; retired ones too, for what they have signed."""
+
+    keys: list[ShownKey]
 
 
 class SignerKey(NamedTuple):

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from uuid import UUID
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
-from ledger.checkpoint import ED25519, VerifierKey
+from ledger.checkpoint import ED25519, ShownKey, ShownKeys, VerifierKey
 from ledger.merkle import (
     HASH_BYTES,
     TILE_HASHES,
@@ -90,6 +90,11 @@ async def keys_of(connection: Connection, origin: str) -> list[LogKey]:
         )
         for number, public, added_at, retired_at in await cursor.fetchall()
     ]
+
+
+def shown(keys: Iterable[LogKey]) -> ShownKeys:
+    """Keys as they are told to whoever asks."""
+    return ShownKeys([ShownKey(vkey=str(key.vkey), from_=key.from_, until=key.until or UNSET) for key in keys])
 
 
 async def add_key(connection: Connection, number: int, public: bytes, at: datetime | None = None) -> None:
@@ -173,18 +178,18 @@ async def read_hashes(connection: Connection, ledger_id: UUID, nodes: Collection
 
 async def prove_inclusion(connection: Connection, ledger_id: UUID, index: int, size: int) -> list[bytes]:
     """That the leaf at `index` is of the tree of `size` leaves. Raises ValueError where it is not, and Damaged."""
-    return await _hashes_of(connection, ledger_id, inclusion(index, size), size)
+    return await hashes_of(connection, ledger_id, inclusion(index, size), size)
 
 
 async def prove_consistency(connection: Connection, ledger_id: UUID, old: int, new: int) -> list[bytes]:
     """That the tree of `old` leaves is the beginning of that of `new`. Raises ValueError where `new` is less, and
     Damaged."""
-    return await _hashes_of(connection, ledger_id, consistency(old, new), new)
+    return await hashes_of(connection, ledger_id, consistency(old, new), new)
 
 
 async def root_of(connection: Connection, ledger_id: UUID, size: int) -> bytes:
     """The root of the tree over the first `size` leaves, from what is stored. Raises Damaged."""
-    (root,) = await _hashes_of(connection, ledger_id, [Run(0, size)], size)
+    (root,) = await hashes_of(connection, ledger_id, [Run(0, size)], size)
     return root
 
 
@@ -231,7 +236,8 @@ async def extend(connection: Connection, ledger_id: UUID, edge: Edge, size: int,
         await _extend.run(connection, values)
 
 
-async def _hashes_of(connection: Connection, ledger_id: UUID, runs: Sequence[Run], size: int) -> list[bytes]:
+async def hashes_of(connection: Connection, ledger_id: UUID, runs: Sequence[Run], size: int) -> list[bytes]:
+    """The hash of each run of the tree of `size` leaves, in two queries for all. Raises Damaged."""
     parts = [subtrees(run) for run in runs]
     hashes = await read_hashes(connection, ledger_id, [node for part in parts for node in part], size)
     return [joined([hashes[node] for node in part]) for part in parts]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from tempfile import mkstemp
 from typing import Annotated, NamedTuple
@@ -25,7 +26,7 @@ from ledger.checkpoint import InclusionProof, Note, VerifierKey
 from ledger.entry import Event, whole
 from ledger.events import ApprovalRequested, Fact, VoteCast
 from ledger.evidence import Asked, Inventory, Manifest
-from ledger.merkle import inclusion, joined, subtrees
+from ledger.merkle import inclusion
 from ledger.postgres import Connection, Pool, bigints, fetch, open_keys_pool, queries, uuids
 from ledger.store import Stored
 from ledger.tree import Log
@@ -35,7 +36,6 @@ from ledger.verify import Order, Stated, Trust, Verdict, read_checkpoint
 from ledger.witness import read_witnesses
 from ops import OperatorError
 from ops.desk import reached
-from ops.mirror import encode_keys
 from ops.report import EVENTS_MAX, Told, report
 from ops.seals import unsealed
 from projections import audit, caught_up
@@ -254,7 +254,7 @@ async def write(
         order.end(seen)
         vkey = next(key for key, at in signed.by.items() if at is None)
         _add(archive, "checkpoint", source.log.published)
-        _add(archive, "keys.json", encode_keys(keys))
+        _add(archive, "keys.json", msgspec.json.encode(tree.shown(keys)))
         _add(archive, "manifest.json", manifest.encode())
         _add(archive, "report.html", report(manifest, signed, str(vkey), told, seen.epochs).encode())
     return manifest
@@ -297,14 +297,14 @@ def _new(path: Path) -> Iterator[ZipFile]:
 async def _proofs(connection: Connection, source: Source, positions: Sequence[int]) -> dict[int, bytes]:
     """For each position the file that proves its entry, from two queries for all."""
     size, note = source.log.published_size, Note.parse(source.log.published)
-    paths = {position: [subtrees(run) for run in inclusion(position - 1, size)] for position in positions}
-    nodes = {node for path in paths.values() for part in path for node in part}
-    hashes = await tree.read_hashes(connection, source.ledger_id, nodes, size)
-    proofs = {}
-    for position, path in paths.items():
-        proof = tuple(joined([hashes[node] for node in part]) for part in path)
-        proofs[position] = str(InclusionProof(position - 1, proof, note)).encode()
-    return proofs
+    paths = {position: inclusion(position - 1, size) for position in positions}
+    runs = [run for path in paths.values() for run in path]
+    hashes = iter(await tree.hashes_of(connection, source.ledger_id, runs, size))
+    proofs = {
+        position: InclusionProof(position - 1, tuple(islice(hashes, len(path))), note)
+        for position, path in paths.items()
+    }
+    return {position: str(proof).encode() for position, proof in proofs.items()}
 
 
 async def _readable(source: Source, rows: Sequence[Stored], vault: Vault | None) -> list[Told]:

@@ -23,7 +23,7 @@ from ledger import store, tree
 from ledger.checkpoint import Checkpoint, InvalidNote, Note
 from ledger.merkle import EMPTY_ROOT, TILE_HASHES, Tile, tile_path, tiles
 from ledger.postgres import Connection, fetch, queries
-from ledger.tree import Damaged, Log, LogKey
+from ledger.tree import Damaged, Log
 from ops import OperatorError
 from ops.desk import connected
 
@@ -82,7 +82,8 @@ async def write(connection: Connection, ledger_id: UUID, log: Log, directory: Pa
         new = list(tiles(log.published_size, was))
         for first in range(0, len(new), TILES_AT_ONCE):
             await _copy(connection, ledger_id, files, new[first : first + TILES_AT_ONCE])
-        files.put({"keys.json": encode_keys(await tree.keys_of(connection, log.origin))})
+        keys = await tree.keys_of(connection, log.origin)
+        files.put({"keys.json": msgspec.json.encode(tree.shown(keys))})
         # Dying before this leaves files beside an older checkpoint, which speaks of none of them. They must be on the
         # disk, and their names too, before one that does.
         files.settle()
@@ -91,12 +92,6 @@ async def write(connection: Connection, ledger_id: UUID, log: Log, directory: Pa
         for path in _parts_of_full(directory, was, log.published_size):
             shutil.rmtree(path, ignore_errors=True)
     return was
-
-
-def encode_keys(keys: list[LogKey]) -> bytes:
-    """A log's keys as they are told to whoever asks."""
-    told = [{"vkey": str(key.vkey), "from": key.from_} | ({"until": key.until} if key.until else {}) for key in keys]
-    return msgspec.json.encode({"keys": told})
 
 
 def _opened(directory: Path) -> Checkpoint | None:

@@ -16,7 +16,17 @@ import msgspec
 from cyclopts import App, Parameter
 from msgspec import Struct, field
 
-from ledger.checkpoint import COSIGNATURE, Checkpoint, InclusionProof, InvalidNote, Note, Signed, VerifierKey, read_hash
+from ledger.checkpoint import (
+    COSIGNATURE,
+    Checkpoint,
+    InclusionProof,
+    InvalidNote,
+    Note,
+    ShownKeys,
+    Signed,
+    VerifierKey,
+    read_hash,
+)
 from ledger.epoch import Epoch, lost
 from ledger.evidence import verify_bundle
 from ledger.merkle import InvalidProof
@@ -54,15 +64,6 @@ class Growth(Struct):
     """A consistency proof, as the service answers it."""
 
     proof: list[str]
-
-
-class _Key(Struct):
-    vkey: str
-    until: Stamp | None = None
-
-
-class _Keys(Struct):
-    keys: list[_Key]
 
 
 class Given(NamedTuple):
@@ -361,8 +362,8 @@ def _keys(given: Sequence[str]) -> dict[VerifierKey, Stamp | None]:
 
 def _read_keys(content: bytes) -> dict[VerifierKey, Stamp | None]:
     if content.lstrip().startswith(b"{"):
-        told = msgspec.json.decode(content, type=_Keys).keys
-        return {VerifierKey.parse(key.vkey): key.until for key in told}
+        told = msgspec.json.decode(content, type=ShownKeys).keys
+        return {VerifierKey.parse(key.vkey): key.until or None for key in told}
     return {VerifierKey.parse(line): None for line in content.decode().split()}
 
 

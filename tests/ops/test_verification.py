@@ -36,6 +36,7 @@ from tests.ledger.written import (
 
 HISTORY = entries(300, 3)
 KEY = str(LOG.verifier)
+LONG_AGO = "2025-01-01T00:00:00.000000Z"
 KEYS = msgspec.json.encode({"keys": [{"vkey": KEY, "from": "2026-11-21T09:00:00.000000Z"}]})
 
 
@@ -187,7 +188,7 @@ def test_a_log_that_goes_on_from_another_is_compared_with_what_that_had_signed(t
     assert (code, "no key that is known here has signed the note" in said) == (1, True)
     code, said = verify(older, *key)
     assert (code, "of which no key is known here" in said) == (1, True)
-    retired = {"keys": [{"vkey": str(NEW_KEY), "until": "2026-01-01T00:00:00.000000Z"}]}
+    retired = {"keys": [{"vkey": str(NEW_KEY), "from": LONG_AGO, "until": "2026-01-01T00:00:00.000000Z"}]}
     code, said = verify(directory, older, "--key", file(tmp_path / "keys", msgspec.json.encode(retired)))
     assert (code, said.count("and no witness says that it was before")) == (2, 2)
 
@@ -210,7 +211,7 @@ def test_what_only_retired_keys_have_signed_must_have_been_seen_before(tmp_path:
     path = file(tmp_path / "checkpoint", signed(checkpoint_of(HISTORY)))
     witness = ("--witness", WITNESSES[0].verifier)
     for until, alone, seen in (("2026-11-21T08:59:59", 2, 1), ("2026-11-21T09:00:00", 2, 0)):
-        keys = {"keys": [{"vkey": KEY, "until": f"{until}.000000Z"}]}
+        keys = {"keys": [{"vkey": KEY, "from": LONG_AGO, "until": f"{until}.000000Z"}]}
         known = file(tmp_path / "keys", msgspec.json.encode(keys))
         code, said = verify(path, "--key", known)
         assert (code, "and no witness says that it was before" in said) == (alone, True)
@@ -225,7 +226,8 @@ def test_one_witness_alone_does_not_say_when_a_retired_key_has_signed(tmp_path: 
     lines = [LOG.sign(text), *(witness.sign(text, at) for witness, at in zip(WITNESSES, times, strict=True))]
     path = file(tmp_path / "checkpoint", str(Note(text, tuple(lines))).encode())
     known = file(
-        tmp_path / "keys", msgspec.json.encode({"keys": [{"vkey": KEY, "until": "2026-11-11T09:00:00.000000Z"}]})
+        tmp_path / "keys",
+        msgspec.json.encode({"keys": [{"vkey": KEY, "from": LONG_AGO, "until": "2026-11-11T09:00:00.000000Z"}]}),
     )
     both = [path, "--key", known, "--witness", WITNESSES[0].verifier, "--witness", WITNESSES[1].verifier]
     code, said = verify(*both)
