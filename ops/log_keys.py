@@ -91,11 +91,16 @@ async def retire(number: int, /, *, reason: str | None = None) -> None:
 
 
 async def _record(desk: Desk) -> None:
-    """Have on record what a worker made by itself, in development."""
+    """Have on record what a worker made by itself, in development. Raises DeskError in production, where none does."""
     async with desk.pool.connection() as connection:
         told = await _told(connection)
         for key in await tree.keys_of(connection, ANY):
             if told.find(key.number) is None:
+                if desk.settings.mode == "production":
+                    raise DeskError(
+                        f"the key {key.number} in the database was added by no operator, and nothing is put on record "
+                        "for it: find out who put it there (muniment verify database)"
+                    )
                 await desk.give(AddLogKey(number=key.number, public=key.vkey.public.hex()))
 
 

@@ -110,6 +110,15 @@ async def test_what_is_left_is_adopted_and_goes_on_under_another_name(database: 
         async with one.pool.connection() as connection:
             found = await audit.search(connection, now.ledger_id, audit.Filter(), limit=1000)
         assert len(found) == 106, "all of it is found"
+        for arguments in (("publish", str(tmp_path / "mirror"), "--project", "demo"), ("verify", "database")):
+            said_too = await muniment(*arguments, url=database.worker, home=tmp_path)
+            assert said_too.code == 0, said_too
+        keys = await muniment("keys", "list", "--project", "demo", url=database.worker, home=tmp_path)
+        verified = await muniment(
+            *("verify", str(tmp_path / "mirror"), "--key", keys.out.split()[1]), url="", home=tmp_path / "nothing"
+        )
+    assert verified.code == 0, verified
+    assert f"history begins anew at position 101: {before.origin} went before" in verified.out
     history = check_ledger(database.owner)["demo"]
     told: Any = history[100].event
     assert (told.type, told.ledger, told.reason, told.stream_id) == ("LedgerAdopted", now.epoch, REASON, LOG)

@@ -42,9 +42,9 @@ class Said(NamedTuple):
     err: str
 
 
-async def keys(*arguments: str, url: str, home: Path) -> Said:
+async def keys(*arguments: str, url: str, home: Path, mode: str = "development") -> Said:
     """What `muniment keys` says."""
-    environment = {"PATH": os.environ["PATH"], "MUNIMENT_HOME": str(home), "DATABASE_URL": url}
+    environment = {"PATH": os.environ["PATH"], "MUNIMENT_HOME": str(home), "DATABASE_URL": url, "MUNIMENT_MODE": mode}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "ops.cli", "keys", *arguments),
         env=environment,
@@ -346,6 +346,17 @@ async def test_what_a_worker_made_by_itself_is_on_record_once_an_operator_comes(
     histories = check_ledger(database.owner)
     numbers: list[Any] = [event.data for _, event in histories["operators"]]
     assert [fact.number for fact in numbers] == [1, 2]
+
+
+async def test_in_production_a_key_that_no_operator_added_is_not_put_on_record(
+    pool: Pool, database: Database, tmp_path: Path
+) -> None:
+    async with pool.connection() as connection:
+        await tree.add_key(connection, 1, LogFiles(tmp_path / "elsewhere").make(1))
+    added = await keys("add", url=database.worker, home=tmp_path, mode="production")
+    assert (added.code, "the key 1 in the database was added by no operator" in added.err) == (1, True)
+    assert not (tmp_path / "keys" / "log-2.secret").exists()
+    assert "operators" not in check_ledger(database.owner) or check_ledger(database.owner)["operators"] == []
 
 
 async def test_the_api_cannot_say_which_key_signs(database: Database) -> None:
