@@ -43,14 +43,13 @@ class AdoptLedger(Command, kw_only=True, tag=True):
 
 
 class Epochs(Struct, frozen=True, kw_only=True):
-    """What a ledger was called before, the first first, and what it is called now."""
+    """How often a ledger was adopted, and what it has been called since."""
 
     session_id: ClassVar[None] = None
     root_session_id: ClassVar[None] = None
 
     log_id: UUID = LOG
     ledger: UUID
-    adopted: tuple[UUID, ...]
     version: int
     updated_at: Stamp
 
@@ -67,13 +66,7 @@ def decide(epochs: Epochs | None, command: Command, world: World) -> list[Fact]:
 
 def evolve(epochs: Epochs | None, event: Event[Any]) -> Epochs:
     """`epochs` after `event`."""
-    data, before = event.data, epochs.adopted if epochs else ()
-    return Epochs(
-        ledger=data.ledger,
-        adopted=(*before, data.adopted),
-        version=event.stream_version,
-        updated_at=event.recorded_at,
-    )
+    return Epochs(ledger=event.data.ledger, version=event.stream_version, updated_at=event.recorded_at)
 
 
 def due(epochs: Epochs, now: Stamp) -> None:

@@ -73,6 +73,7 @@ class Committer:
         unknown: the same id asked again tells.
         """
         writer = await self._writer(project_id)
+        self._look(writer)
         verdict = writer.submit(await self._pending(project_id, command, actor, traceparent))
         if isinstance(verdict, asyncio.Future):
             verdict = await verdict
@@ -85,6 +86,7 @@ class Committer:
     ) -> list[Verdict]:
         """As `submit` for each, in order: a later one sees the effects of those before it."""
         writer = await self._writer(project_id)
+        self._look(writer)
         pendings = [await self._pending(project_id, command, actor, traceparent) for command in commands]
         answers = [writer.submit(pending) for pending in pendings]
         return [await answer if isinstance(answer, asyncio.Future) else answer for answer in answers]
@@ -169,10 +171,15 @@ class Committer:
             job.add_done_callback(self._looking.discard)
 
     async def _name(self, writer: Writer) -> None:
-        with suppress(*TROUBLE, PoolTimeout):
+        try:
             async with self.pool.connection() as connection:
                 epoch = (await store.head(connection, writer.ledger_id)).epoch
             writer.ledger = writer.ledger._replace(epoch=epoch)
+        except store.Gone:
+            # Whoever asks next finds out which ledger the project has, if any.
+            self._writers = {name: one for name, one in self._writers.items() if one is not writer}
+        except (*TROUBLE, PoolTimeout):
+            pass  # it is asked again
 
     async def _pending(self, project_id: str, command: Command, actor: Actor, traceparent: str | None) -> Pending:
         command_id = command.command_id if command.command_id is not UNSET else str(uuid7())

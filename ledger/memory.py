@@ -7,6 +7,7 @@ and nothing becomes known before it is durable. Losing all of it costs a query.
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from time import monotonic
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -29,6 +30,8 @@ STREAMS_MAX = 50_000
 ROOTS_MAX = 50_000
 RECENT_MAX = 32_768
 RECENT_ENTRY_BYTES_MAX = 4_096
+ANSWERED_SECONDS = 1.0
+"""How long after the database was last seen to be at this history answers are given without asking it."""
 TAIL_EVENTS_MAX = 10_000
 """How far behind another process's appends it is still worth to forget stream by stream."""
 
@@ -70,6 +73,7 @@ class Memory:
         self.items: dict[UUID, dict[UUID, OpenItem]] = {}
         self._recent: dict[Key, Recent] = {}
         self._complete_since = float("inf")
+        self._seen_at = 0.0
         self._refusals = refusals
 
     def knows(self, stream_id: UUID) -> bool:
@@ -93,8 +97,8 @@ class Memory:
     def answered(self, pending: Pending) -> Verdict | None:
         """The answer to a command that was given here not long ago; None if that is not remembered whole."""
         recent = self._recent.get(pending.key)
-        if recent is None:
-            return None
+        if recent is None or monotonic() > self._seen_at + ANSWERED_SECONDS:
+            return None  # the database may have been put back to a time before it was recorded
         if recent.row.fingerprint != pending.fingerprint:
             return IdempotencyKeyReused(command_id=pending.command_id)
         if recent.row.type == ANSWERED_AS_IT_IS:
@@ -149,11 +153,12 @@ class Memory:
             for stream_id in changed or ():
                 self.streams.pop(stream_id, None)
         self.size, self.recorded_at, self.epoch = head
-        self.leaf = locked.leaf
+        self.leaf, self._seen_at = locked.leaf, monotonic()
         return alone
 
     def accept(self, decided: Batch) -> None:
         """The batch is durable: what it made is what is known from here on."""
+        self._seen_at = monotonic()
         rows = decided.append.commands
         if not rows:
             return

@@ -19,7 +19,7 @@ import httpx
 import psycopg
 
 from ledger import store, tree
-from ledger.checkpoint import Checkpoint, InvalidNote, Note, SignerKey, VerifierKey, check_checkpoint
+from ledger.checkpoint import Checkpoint, InvalidNote, Note, SignerKey, check_checkpoint
 from ledger.merkle import EMPTY_ROOT, Edge, Run
 from ledger.postgres import Connection, Pool, queries
 from ledger.project_key import UnusableKey
@@ -57,6 +57,8 @@ class _Row(NamedTuple):
     published: str | None
     refused: str | None
     contradicted_by: str | None
+    server: str
+    """Which server, since its start, and which database of it this was read from."""
 
     @property
     def log_id(self) -> UUID:
@@ -84,18 +86,24 @@ class Publisher:
         self.published = Published()
         self.silent: dict[str, str] = {}
         """Why a witness did not sign when it was last asked; empty where it did."""
-        self.unkept = ""
-        """Why what was signed last could not be kept beside the keys."""
         self._pool = pool
         self._keys = keys
         self._quorum, self._names = witnesses.quorum, [one.key.name for one in witnesses.known]
         self._cosigners = Cosigners(http, witnesses) if http is not None and witnesses.known else None
         self._known: dict[UUID, Note] = {}
-        self._confronted: set[UUID] = set()
+        self._unkept: dict[UUID, str] = {}
+        self._shown: dict[UUID, list[Note]] = {}
+        self._confronted: dict[UUID, str] = {}
+        """Where each log was when the witnesses were asked what they know of it; what they showed is in `_shown`."""
 
     def forget(self) -> None:
         """Ask witnesses anew what they know of every log: it may be another database that answers from here on."""
         self._confronted.clear()
+
+    @property
+    def unkept(self) -> str:
+        """Why what was signed last of some log could not be kept beside the keys; empty where all is."""
+        return next(iter(self._unkept.values()), "")
 
     async def usable(self, connection: Connection) -> list[int]:
         """The numbers of the keys that sign, and are here."""
@@ -131,29 +139,24 @@ class Publisher:
     # Before anything is signed
 
     async def _confront(self, ledger_id: UUID) -> None:
-        """Compare with what the witnesses have cosigned, unless that was done. Raises Refused, RolledBack."""
+        """Ask the witnesses what they have cosigned, unless they were of this database. Raises Refused, RolledBack."""
         if self._cosigners is None:
             return
         async with self._pool.connection() as connection:
             row = await _read(connection, SQL.read, ledger_id)
-            assert row is not None
-            if row.log_id in self._confronted:
+            if row is None or self._confronted.get(row.log_id) == row.server:
                 return
-            keys = await tree.keys_of(connection, row.origin)
-        vkeys = [key.vkey for key in keys]
+            keys = [key.vkey for key in await tree.keys_of(connection, row.origin)]
         note = None if row.signed is None else Note.parse(row.signed.encode())
-        try:
-            silent = await self._cosigners.check(row.checkpoint, note, vkeys, self._prove(ledger_id))
-        except RolledBack as error:
-            if not await self._overtaken(ledger_id, row.size, error):
-                if error.shown is None:
-                    raise
-                # What it shows may be of what is there: then the database has only forgotten to have signed it.
-                await self._refuse(ledger_id, Refused(str(error), contradicted_by=error.shown))
-            return
+        silent, told = await self._cosigners.check(row.checkpoint, note, keys, self._prove(ledger_id))
+        for error in told:
+            if error.shown is None and not await self._overtaken(ledger_id, row.size, error):
+                raise error
         if len(self._names) - len(silent) < self._quorum:
             raise _too_few("say what they know", silent)
-        self._confronted.add(row.log_id)
+        # What they show may be of what is here: then the database has only forgotten to have signed it.
+        self._shown[row.log_id] = [error.shown for error in told if error.shown is not None]
+        self._confronted[row.log_id] = row.server
 
     async def _overtaken(self, ledger_id: UUID, size: int, error: RolledBack) -> bool:
         """Whether another publisher of this database has gone on from `size` meanwhile: what one shows to witnesses,
@@ -183,51 +186,40 @@ class Publisher:
             signed = check_checkpoint(Note.parse(row.signed.encode()), vkeys)
             if signed != Checkpoint(row.origin, row.size, edge.root):
                 raise Refused(f"what is stored is not what was signed: the tree of {row.size} events has another root")
-        for note in (self._last_signed(row.log_id), row.contradicted_by and Note.parse(row.contradicted_by.encode())):
-            if note:
-                await self._contained(connection, ledger_id, row.size, edge, head, note, vkeys)
+        notes = [*self._last_signed(row.log_id), *self._shown.get(row.log_id, ())]
+        if row.contradicted_by is not None:
+            notes.append(Note.parse(row.contradicted_by.encode()))
+        for note in notes:
+            known = check_checkpoint(note, vkeys)
+            if known.size > head:
+                what = f"a checkpoint of {known.size} events was signed, and {head} are there"
+            elif await self._root_at(connection, ledger_id, row, edge, known) == known.root:
+                continue
+            else:
+                what = f"the first {known.size} events are others than those that were signed"
+            ours = tuple(line for line in note.signatures if line.name == row.origin)
+            raise Refused(f"history was rolled back: {what}", contradicted_by=Note(note.text, ours))
         return edge
 
-    async def _contained(
-        self,
-        connection: Connection,
-        ledger_id: UUID,
-        size: int,
-        edge: Edge,
-        head: int,
-        note: Note,
-        keys: Sequence[VerifierKey],
-    ) -> None:
-        """Raises Refused unless what the log has signed there is a beginning of the `head` events that are here; of the
-        tree of the first `size`, `edge` is known. InvalidNote where that log has not signed it."""
-        known = check_checkpoint(note, keys)
-        if known.size > head:
-            raise Refused(
-                f"history was rolled back: a checkpoint of {known.size} events was signed, and {head} are there",
-                contradicted_by=note,
-            )
-        if known.size <= size:
-            root = edge.root if known.size == size else await tree.root_of(connection, ledger_id, known.size)
-        else:
-            # The database lost that they were signed, not the events: as a standby that takes over may.
-            root = await tree.root_beyond(connection, ledger_id, edge, size, known.size)
-        if root != known.root:
-            raise Refused(
-                f"history was rolled back: the first {known.size} events are others than those that were signed",
-                contradicted_by=note,
-            )
+    async def _root_at(
+        self, connection: Connection, ledger_id: UUID, row: _Row, edge: Edge, known: Checkpoint
+    ) -> bytes:
+        if known.size <= row.size:
+            return edge.root if known.size == row.size else await tree.root_of(connection, ledger_id, known.size)
+        # The database lost that they were signed, not the events: as a standby that takes over may.
+        return await tree.root_beyond(connection, ledger_id, edge, row.size, known.size)
 
-    def _last_signed(self, log_id: UUID) -> Note | None:
-        """What was last signed here. Raises Refused, InvalidNote."""
+    def _last_signed(self, log_id: UUID) -> list[Note]:
+        """What was last signed here, if anything was. Raises Refused, InvalidNote."""
         if log_id not in self._known:
             try:
                 content = self._keys.last_signed(log_id)
             except OSError as error:
                 raise Refused(f"what was last signed here cannot be read: {error.strerror}") from error
             if content is None:
-                return None
+                return []
             self._known[log_id] = Note.parse(content)
-        return self._known[log_id]
+        return [self._known[log_id]]
 
     # Signing
 
@@ -261,6 +253,8 @@ class Publisher:
         added = [key.number for key, _ in signers if key.number not in row.signed_by]
         if upto == row.size and not (added and upto):
             return row, False
+        if self._cosigners is not None and self._confronted.get(row.log_id) != row.server:
+            raise psycopg.OperationalError("another database answers than the one that witnesses were asked about")
         if not signers:
             raise Refused("there is no key to sign with: run `muniment keys add` where the worker runs")
         if upto > row.size:
@@ -272,7 +266,7 @@ class Publisher:
         numbers = [key.number for key, _ in signers]
         if upto == row.size:
             # More sign the same: what others have signed, whose keys may not be here, stays.
-            there = Note.parse((row.signed or "").encode()).signatures
+            there = Note.parse(row.signed.encode()).signatures if row.signed else ()
             signatures = [*there, *(one for one in signatures if one not in there)]
             numbers = sorted({*numbers, *row.signed_by})
         signed = str(Note(text, tuple(signatures)))
@@ -298,13 +292,13 @@ class Publisher:
         """Remember beside the key what was signed, before anybody sees it."""
         if self._known.get(log_id) == note:
             return
-        self._known[log_id] = note
         try:
             await asyncio.to_thread(self._keys.keep_signed, log_id, note)
-            self.unkept = ""
+            self._known[log_id] = note
+            self._unkept.pop(log_id, None)
         except OSError as error:
             # Keys may be where nothing can be written. Then only witnesses notice a database that was put back.
-            self.unkept = str(error)
+            self._unkept[log_id] = str(error)
 
     # Publishing
 
@@ -321,6 +315,7 @@ class Publisher:
                 note = await self._cosigned(ledger_id, Note.parse(row.signed.encode()))
             except RolledBack as error:
                 if not await self._overtaken(ledger_id, row.size, error):
+                    self._confronted.pop(row.log_id, None)  # what it shows is judged by the events, the next time
                     raise
                 return
             values = {"ledger_id": ledger_id, "origin": row.origin, "seen": row.published_size, "size": row.size}
@@ -361,8 +356,6 @@ def _refusal(error: Exception) -> Refused:
     match error:
         case Refused():
             return error
-        case RolledBack():
-            return Refused(str(error), contradicted_by=error.shown)
         case UnusableKey():
             said = "no key that signs can be used where the worker runs; its log says more"
         case psycopg.Error():

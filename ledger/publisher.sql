@@ -8,13 +8,17 @@ ON CONFLICT DO NOTHING
 
 -- name: read
 -- What was signed and published of a ledger.
-SELECT origin, size, signed, signed_by, published_size, published, refused, contradicted_by FROM ledger.logs
+SELECT origin, size, signed, signed_by, published_size, published, refused, contradicted_by,
+    pg_postmaster_start_time()::text || ' ' || (SELECT oid FROM pg_database WHERE datname = current_database())::text
+FROM ledger.logs
 WHERE ledger_id = %(ledger_id)s
 
 -- name: lock
 -- The same, for as long as the transaction lasts; nothing where another publisher is at it. The lock is itself written
 -- to the server's log: where that has a synchronous standby, the commit waits for everything before it to be there.
-SELECT origin, size, signed, signed_by, published_size, published, refused, contradicted_by FROM ledger.logs
+SELECT origin, size, signed, signed_by, published_size, published, refused, contradicted_by,
+    pg_postmaster_start_time()::text || ' ' || (SELECT oid FROM pg_database WHERE datname = current_database())::text
+FROM ledger.logs
 WHERE ledger_id = %(ledger_id)s FOR UPDATE SKIP LOCKED
 
 -- name: sign
@@ -27,9 +31,9 @@ SET published_size = %(size)s, published = %(published)s, published_at = clock_t
 WHERE ledger_id = %(ledger_id)s AND origin = %(origin)s AND published_size = %(seen)s
 
 -- name: refuse
--- What contradicts the ledger is kept until it is judged, or the ledger is adopted.
+-- What contradicts the ledger is kept until it is judged again, or the ledger is adopted; not what is of the log before.
 UPDATE ledger.logs SET refused = %(why)s, contradicted_by = coalesce(contradicted_by, %(note)s)
-WHERE ledger_id = %(ledger_id)s
+WHERE ledger_id = %(ledger_id)s AND (%(note)s::text IS NULL OR starts_with(%(note)s::text, origin || E'\n'))
     AND (refused IS DISTINCT FROM %(why)s OR contradicted_by IS NULL AND %(note)s::text IS NOT NULL)
 
 -- name: go_on

@@ -5,11 +5,12 @@ decided on and holds the ledger's row to commit: a rollback gives its positions 
 before 7. Rules and caches are not here; whoever appends has decided already.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
+import psycopg
 from msgspec import Struct, field
 from uuid_utils.compat import uuid7
 
@@ -35,10 +36,15 @@ _queue_tasks = Statement("append_tasks", SQL.append_tasks)
 _close_tasks = Statement("close_tasks", SQL.close_tasks)
 _head = Statement("head", SQL.head)
 _lock = Statement("lock", SQL.lock)
+_stands = Statement("stands", SQL.stands)
 _changes = Statement("changes", SQL.changes)
 _find_commands = Statement("find_commands", SQL.find_commands)
 _offers = Statement("offers", SQL.offers)
 _leases = Statement("leases", SQL.leases)
+
+
+class Gone(psycopg.OperationalError):
+    """The ledger is not in this database: it was put back to a time before it."""
 
 
 class Ledger(NamedTuple):
@@ -185,8 +191,23 @@ async def find_ledger(connection: Connection, project_id: str) -> Ledger | None:
 
 
 async def head(connection: Connection, ledger_id: UUID) -> Head:
-    (row,) = await _head.fetch(connection, {"ledger_id": uuid(ledger_id)})
-    return Head(*row)
+    """Where the ledger stands. Raises Gone."""
+    return Head(*await _row_of(_head, connection, ledger_id))
+
+
+async def stands(connection: Connection, ledger_id: UUID, size: int, leaf: bytes | None) -> bool:
+    """Whether the ledger has `size` events, and that leaf at its end. Raises Gone."""
+    known = {"size": bigint(size), "leaf": leaf}
+    return bool((await _row_of(_stands, connection, ledger_id, known))[0])
+
+
+async def _row_of(
+    statement: Statement, connection: Connection, ledger_id: UUID, values: Mapping[str, bytes | None] = {}
+) -> tuple[Any, ...]:
+    rows = await statement.fetch(connection, {"ledger_id": uuid(ledger_id), **values})
+    if not rows:
+        raise Gone(f"there is no ledger {ledger_id} here")
+    return rows[0]
 
 
 async def lock(
@@ -207,8 +228,7 @@ async def lock(
     No pipeline: psycopg ends one with a Flush, after which the server counts no idle time, and a process that
     was stopped there would hold the ledger for ever. Nor would it be quicker.
     """
-    (row,) = await _lock.fetch(connection, {"ledger_id": uuid(ledger_id)})
-    head = Head(*row)
+    head = Head(*await _row_of(_lock, connection, ledger_id))
     values = {
         "ledger_id": uuid(ledger_id),
         "size": bigint(head.size),
@@ -242,7 +262,8 @@ async def append(connection: Connection, batch: Append) -> bool:
         if batch.epoch is not None:
             values = {"ledger_id": batch.ledger_id, "epoch": batch.epoch}
             await connection.execute(SQL.adopt, values)
-            await connection.execute(SQL.begin_log, values)
+            begun = await connection.execute(SQL.begin_log, values)
+            assert begun.rowcount == 1, "what contradicted the log is gone: it goes on by itself"
     return True
 
 

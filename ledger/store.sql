@@ -16,6 +16,14 @@ SELECT ledger_id, project_id, is_foreign, size, created_at FROM ledger.ledgers O
 -- Where a ledger stands.
 SELECT size, last_recorded_at, coalesce(epoch, ledger_id) FROM ledger.ledgers WHERE ledger_id = %(ledger_id)s::uuid
 
+-- name: stands
+-- Whether a ledger has that size, and that leaf at its end.
+SELECT size = %(size)s::bigint AND (%(leaf)s::bytea IS NULL OR EXISTS (
+    SELECT FROM ledger.events AS e WHERE e.ledger_id = l.ledger_id AND e.position = l.size AND e.leaf = %(leaf)s::bytea
+))
+FROM ledger.ledgers AS l
+WHERE ledger_id = %(ledger_id)s::uuid
+
 -- name: lock
 -- The same, and nobody else appends until this transaction ends. It writes a row lock to the log, so on a
 -- server with a synchronous standby its commit waits for everything before it to be there as well.

@@ -125,32 +125,39 @@ class Cosigners:
 
     async def check(
         self, checkpoint: Checkpoint, note: Note | None, keys: Collection[VerifierKey], prove: Prove
-    ) -> dict[str, str]:
+    ) -> tuple[dict[str, str], list[RolledBack]]:
         """Whether what each witness cosigned last is a beginning of the tree of this checkpoint, before more is signed;
         `note` is the checkpoint as it was signed, if it was.
 
-        Answers of each that could not say why. Raises RolledBack, and what `prove` raises.
+        Answers of each that could not say why, and what those know that contradicts it. Raises what `prove` raises.
         """
         now = asyncio.get_running_loop().time
 
-        async def confront(witness: Witness) -> str | None:
+        async def confront(witness: Witness) -> str | RolledBack | None:
             # One that is down must not hold up each of very many logs.
             patience = GRACE_SECONDS if self._silent_until.get(witness.key, 0.0) > now() else ASK_SECONDS
             try:
                 async with asyncio.timeout(patience):
-                    if not await self._confront(witness, checkpoint, keys, prove) and note is not None:
-                        # It may be one that shows nothing, and may yet know more than we do.
+                    if note is None:
+                        await self._confront(witness, checkpoint, keys, prove)
+                    else:
+                        # What it shows may be as of some time ago: what it answers to what is signed already is not.
                         await self._ask(witness, note, keys, prove)
             except TimeoutError:
-                self._silent_until[witness.key] = now() + SILENT_SECONDS
+                if patience == ASK_SECONDS:
+                    self._silent_until[witness.key] = now() + SILENT_SECONDS
                 return "it did not answer in time"
             except _NoLine as why:
                 return str(why)
+            except RolledBack as error:
+                return error
             return None
 
         async with _asking(map(confront, self._witnesses.known)) as asked:
             said = await asyncio.gather(*asked)
-        return {witness.key.name: why for witness, why in zip(self._witnesses.known, said, strict=True) if why}
+        names = [witness.key.name for witness in self._witnesses.known]
+        silent = {name: why for name, why in zip(names, said, strict=True) if isinstance(why, str)}
+        return silent, [error for error in said if isinstance(error, RolledBack)]
 
     async def _wait(self, asked: Collection["asyncio.Task[Signature]"]) -> None:
         """For all; for a quorum and a little; or until it is too late."""
@@ -196,13 +203,13 @@ class Cosigners:
 
     async def _confront(
         self, witness: Witness, checkpoint: Checkpoint, keys: Collection[VerifierKey], prove: Prove
-    ) -> bool:
-        """Compare what it shows; False where it shows nothing. Raises RolledBack where that is no beginning of ours,
-        _NoLine where it cannot be compared."""
+    ) -> None:
+        """Compare what it shows. Raises RolledBack where that is no beginning of ours, _NoLine where it shows nothing
+        that can be compared."""
         path = sha256(checkpoint.origin.encode()).hexdigest()
         status, answer = await self._exchange("GET", f"{witness.url}/{path}/checkpoint")
         if status == httpx.codes.NOT_FOUND:
-            return False
+            return
         if status != httpx.codes.OK:
             raise _NoLine(f"it answered {status} when asked what it cosigned last: {_shortened(answer)}")
         try:
@@ -219,7 +226,6 @@ class Cosigners:
             raise RolledBack(
                 witness.key.name, shown.size, note, f"the leaves up to there are others: {error}"
             ) from None
-        return True
 
     async def _exchange(self, method: str, url: str, content: bytes | None = None) -> tuple[int, bytes]:
         """Status and body. Asks again where the connection that was kept open is open no longer. Raises _NoLine."""

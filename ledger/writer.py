@@ -226,7 +226,7 @@ class Writer:
             if decided.append.commands:
                 unchanged = await store.append(connection, decided.append)
             else:
-                unchanged = (await store.head(connection, self.ledger_id)).size == decided.size
+                unchanged = await store.stands(connection, self.ledger_id, decided.size, decided.leaf)
             if connection.standby_missed:
                 raise OutcomeUnknown
         return unchanged

@@ -20,7 +20,7 @@ from ledger.checkpoint import ED25519, Checkpoint, InvalidNote, Note, VerifierKe
 from ledger.errors import UpgradeRequired
 from ledger.log_events import LogKeyAdded, LogKeyRetired
 from ledger.log_key import Key, LogKeys
-from ledger.merkle import EMPTY_ROOT, HASH_BYTES, TILE_HASHES, TILE_LEVELS, Edge, Run, Tile
+from ledger.merkle import EMPTY_ROOT, HASH_BYTES, TILE_HASHES, TILE_LEVELS, Edge, Run, Tile, parted
 from ledger.operations import LOG_KEYS, OPERATORS
 from ledger.postgres import Connection, fetch, open_keys_pool, queries
 from ledger.tree import Damaged, LogKey
@@ -183,7 +183,7 @@ async def _made(
         while first < size:
             end = min(size, first + LEAVES_AT_ONCE)
             (leaves,) = await tree.read_leaves(connection, log.ledger_id, [Run(first, end)])
-            for level, hashes in edge.extend(_parted(leaves)):
+            for level, hashes in edge.extend(parted(leaves)):
                 tiles[level, full[level]] = hashes
                 full[level] += 1
             first = end
@@ -198,7 +198,7 @@ def _tile_faults(stored: Mapping[tuple[int, int], bytes], made: Mapping[tuple[in
         where = f"its tile {Tile(level, index).path}"
         if len(one) != len(other):
             yield f"{where} has {len(one) // HASH_BYTES} hashes, and should have {len(other) // HASH_BYTES}"
-        for place, (found, expected) in enumerate(zip(_parted(one), _parted(other), strict=False)):
+        for place, (found, expected) in enumerate(zip(parted(one), parted(other), strict=False)):
             if found != expected:
                 first = (index * TILE_HASHES + place << TILE_LEVELS * level) + 1
                 last = first + (1 << TILE_LEVELS * level) - 1
@@ -268,10 +268,6 @@ def _log_key(text: str) -> VerifierKey:
     if key.type != ED25519:
         raise InvalidNote(f"{text!r} is the key of a witness, and not of a log")
     return key
-
-
-def _parted(hashes: bytes) -> list[bytes]:
-    return [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
 
 
 def _origin(note: Note) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import httpx
 import psycopg
 import pytest
 from psycopg import sql
 from uuid_utils.compat import uuid7
 
 from ledger import store, tree
-from ledger.checkpoint import Checkpoint, Note, check_checkpoint
+from ledger.checkpoint import COSIGNATURE, Checkpoint, Note, SignerKey, check_checkpoint
 from ledger.embedded import EmbeddedServer
 from ledger.merkle import Edge, check_consistency, leaf_hash
 from ledger.postgres import Pool, open_pool
@@ -24,6 +25,7 @@ from ledger.publisher import Publisher, Refused
 from ledger.signing import LogFiles
 from ledger.store import Append, EventRow
 from ledger.tree import LEAVES_AT_ONCE
+from ledger.witness import Witness, Witnesses
 from tests.check import check_logs
 from tests.conftest import Database, database_of
 from tests.ledger.test_hostile import cancel_the_wait, reconfigure
@@ -365,6 +367,13 @@ async def test_what_was_refused_is_published_once_it_is_mended(logged: Logged) -
     logged.tamper("UPDATE ledger.ledgers SET size = 300")
     await publisher.publish(logged.ledger_id)
     assert logged.row()["refused"] is None
+
+
+async def test_a_ledger_that_is_not_here_is_nothing_to_do(logged: Logged) -> None:
+    """Anybody who may send a NOTIFY may name any."""
+    nobody = Witnesses(0, (Witness("http://127.0.0.1:9", SignerKey("w", COSIGNATURE, bytes(32)).verifier),))
+    async with httpx.AsyncClient(trust_env=False) as http:
+        await Publisher(logged.pool, logged.keys, nobody, http).publish(uuid7())
 
 
 # Keys

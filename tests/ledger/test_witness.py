@@ -167,8 +167,8 @@ async def test_a_witness_that_does_not_answer_is_not_waited_for_once_there_are_e
         await reader.read()
         writer.close()
 
-    async with await asyncio.start_server(listen, "127.0.0.1", 0) as silent:
-        address = Witness(f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}", LIAR.verifier)
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        address = Witness(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", LIAR.verifier)
         everyone = Witnesses(2, (address, *(one.address for one in witnesses[:2])))
         async with asyncio.timeout(30):
             cosigned = await cosign(Cosigners(http, everyone), log, 9)
@@ -176,9 +176,8 @@ async def test_a_witness_that_does_not_answer_is_not_waited_for_once_there_are_e
         monkeypatch.setattr(ledger.witness, "ASK_SECONDS", 0.2)
         cosigned = await cosign(Cosigners(http, everyone._replace(quorum=3)), log, 9)
         assert (cosigned.enough, list(cosigned.missing)) == (False, [LIAR.name])
-        assert await Cosigners(http, everyone).check(log.checkpoint(9), None, [log.vkey], log.prove) == {
-            LIAR.name: "it did not answer in time"
-        }
+        silent, told = await Cosigners(http, everyone).check(log.checkpoint(9), None, [log.vkey], log.prove)
+        assert (silent, told) == ({LIAR.name: "it did not answer in time"}, [])
 
 
 @pytest.mark.parametrize("elsewhere", ["mailto:x", "http:a", "javascript:1", "http://xn--/", "//["])
@@ -195,7 +194,8 @@ async def test_a_witness_that_sends_us_elsewhere_has_not_signed(http: httpx.Asyn
         cosigners = Cosigners(http, Witnesses(1, (address,)))
         cosigned = await cosign(cosigners, log, 9)
         assert (cosigned.enough, list(cosigned.missing)) == (False, [LIAR.name])
-        assert list(await cosigners.check(log.checkpoint(9), None, [log.vkey], log.prove)) == [LIAR.name]
+        silent, told = await cosigners.check(log.checkpoint(9), None, [log.vkey], log.prove)
+        assert (list(silent), told) == ([LIAR.name], [])
 
 
 async def test_nothing_is_kept_for_a_witness(http: httpx.AsyncClient) -> None:
@@ -313,8 +313,12 @@ async def test_a_history_that_was_rolled_back_is_known_to_a_witness(
         assert caught.value.size == 20
         assert caught.value.shown
         assert check_checkpoint(caught.value.shown, [log.vkey]) == log.checkpoint(20)
-        with pytest.raises(RolledBack, match=r"has cosigned a checkpoint of size 20 \(shows one, signed by the log,\)"):
-            await cosigners.check(restored.checkpoint(), None, [log.vkey], restored.prove)
+        for note in (None, restored.note()):
+            _, told = await cosigners.check(restored.checkpoint(), note, [log.vkey], restored.prove)
+            assert {one.witness for one in told} <= set(NAMES)
+            assert told
+            for one in told:
+                assert "has cosigned a checkpoint of size 20 (shows one, signed by the log,)" in str(one)
 
 
 async def test_one_witness_that_knows_better_is_enough(
@@ -330,11 +334,11 @@ async def test_a_history_that_went_on_is_the_one_that_witnesses_know(
     witnesses: list[RunningWitness], log: Log, http: httpx.AsyncClient
 ) -> None:
     cosigners = Cosigners(http, known(witnesses, 2))
-    assert await cosigners.check(log.checkpoint(0), None, [log.vkey], log.prove) == {}
+    assert await cosigners.check(log.checkpoint(0), None, [log.vkey], log.prove) == ({}, [])
     for size, witness in zip((3, 20), witnesses, strict=False):
         assert witness.add(log, 0, size).is_success
     for size in (20, 21, 30):
-        assert await cosigners.check(log.checkpoint(size), None, [log.vkey], log.prove) == {}
+        assert await cosigners.check(log.checkpoint(size), None, [log.vkey], log.prove) == ({}, [])
 
 
 async def test_the_word_of_a_witness_that_a_log_went_further_is_taken(http: httpx.AsyncClient) -> None:
@@ -347,11 +351,19 @@ async def test_the_word_of_a_witness_that_a_log_went_further_is_taken(http: http
 
 
 async def test_a_witness_that_shows_nothing_is_asked_by_what_is_signed_already(http: httpx.AsyncClient) -> None:
-    async with Liar(NOT_FOUND, NOT_FOUND, conflict(10), NOT_FOUND) as witness:
+    async with Liar(NOT_FOUND, conflict(10), NOT_FOUND) as witness:
         cosigners = Cosigners(http, Witnesses(1, (witness,)))
-        assert await cosigners.check(LOG.checkpoint(0), None, [LOG.vkey], LOG.prove) == {}, "nothing is to be lost"
-        with pytest.raises(RolledBack, match=r"size 10 \(says so, and shows none\): there are 9 leaves"):
-            await cosigners.check(LOG.checkpoint(9), LOG.note(9), [LOG.vkey], LOG.prove)
+        assert await cosigners.check(LOG.checkpoint(0), None, [LOG.vkey], LOG.prove) == ({}, []), "nothing is signed"
+        _, (told,) = await cosigners.check(LOG.checkpoint(9), LOG.note(9), [LOG.vkey], LOG.prove)
+        assert "size 10 (says so, and shows none): there are 9 leaves" in str(told)
+
+
+async def test_one_that_shows_what_it_knew_some_time_ago_is_asked_what_it_knows_now(http: httpx.AsyncClient) -> None:
+    shown = said(LOG.fork(5, 12).note())
+    async with Liar(conflict(12), shown) as witness:
+        cosigners = Cosigners(http, Witnesses(1, (witness,)))
+        _, (told,) = await cosigners.check(LOG.checkpoint(9), LOG.note(9), [LOG.vkey], LOG.prove)
+        assert told.shown is not None
 
 
 async def test_one_that_is_down_does_not_hold_up_each_of_many_logs(
@@ -361,16 +373,18 @@ async def test_one_that_is_down_does_not_hold_up_each_of_many_logs(
         await reader.read()
         writer.close()
 
-    async with await asyncio.start_server(listen, "127.0.0.1", 0) as silent:
-        address = Witness(f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}", LIAR.verifier)
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        address = Witness(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", LIAR.verifier)
         cosigners = Cosigners(http, Witnesses(0, (address,)))
         monkeypatch.setattr(ledger.witness, "ASK_SECONDS", 0.2)
-        assert list(await cosigners.check(LOG.checkpoint(9), None, [LOG.vkey], LOG.prove)) == [LIAR.name]
+        silent, _ = await cosigners.check(LOG.checkpoint(9), None, [LOG.vkey], LOG.prove)
+        assert list(silent) == [LIAR.name]
         monkeypatch.setattr(ledger.witness, "ASK_SECONDS", 60.0)
         async with asyncio.timeout(30):
             for name in ("b.log", "c.log"):
                 other = Log(name, entries=3)
-                assert list(await cosigners.check(other.checkpoint(3), None, [other.vkey], other.prove)) == [LIAR.name]
+                silent, _ = await cosigners.check(other.checkpoint(3), None, [other.vkey], other.prove)
+                assert list(silent) == [LIAR.name]
 
 
 async def test_what_the_log_did_not_sign_proves_nothing(http: httpx.AsyncClient) -> None:
@@ -383,7 +397,7 @@ async def test_what_the_log_did_not_sign_proves_nothing(http: httpx.AsyncClient)
                 if ask:
                     missing = (await cosign(cosigners, LOG, 9)).missing
                 else:
-                    missing = await cosigners.check(LOG.checkpoint(9), None, [LOG.vkey], LOG.prove)
+                    missing, _ = await cosigners.check(LOG.checkpoint(9), None, [LOG.vkey], LOG.prove)
             assert missing[LIAR.name].startswith("it shows a checkpoint that is not one of this log: ")
 
 

@@ -4,25 +4,27 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import psycopg
 import pytest
+from uuid_utils.compat import uuid7
 
 import ledger.committer
-from ledger import tree
-from ledger.adoption import LOG
+from ledger import publisher, tree
+from ledger.adoption import LOG, AdoptLedger
 from ledger.checkpoint import Checkpoint, Note, check_checkpoint
 from ledger.commands import OpenSession
 from ledger.committer import Committer
-from ledger.errors import AlreadyExists
+from ledger.errors import AlreadyExists, InternalError, InvalidTransition, StoreUnavailable
 from ledger.postgres import Pool, open_pool
 from ledger.publisher import Publisher, Refused
 from ledger.signing import LogFiles
 from ledger.store import Ledger
+from ledger.values import Actor
 from ledger.vault import Vault
 from projections import VIEWS, audit
 from projections.projector import Projector
@@ -31,6 +33,7 @@ from tests.conftest import Database
 from tests.ops.test_publishing import AGENT, Said, put_back, record
 from tests.projections.conftest import deadline
 
+OPERATOR = Actor(issuer="https://id.example", sub="ana", kind="human", assurance="asserted", roles=("operator",))
 REASON = "the disk was lost, and the backup was of noon"
 
 
@@ -201,6 +204,61 @@ async def test_no_other_log_is_put_in_the_place_of_one(database: Database, tmp_p
             api.execute("UPDATE ledger.ledgers SET epoch = gen_random_uuid()")
 
 
+async def test_a_log_that_nothing_contradicts_any_more_is_left_as_it_is(database: Database, tmp_path: Path) -> None:
+    """An operator looked, and then it was judged anew: all of the adoption is taken back, or none."""
+    async with node(database, tmp_path) as one:
+        await record(one.committer, 3)
+        before, ledger = await one.publish(), await one.ledger()
+        adopting = AdoptLedger(ledger=uuid7(), adopted=ledger.epoch, checkpoint="a note", reason=REASON)
+        with pytest.raises(InternalError):
+            await one.committer.submit("demo", adopting, OPERATOR)
+        await record(one.committer, 1)
+        after = await one.publish()
+        assert (after.origin, after.size) == (before.origin, 4)
+    check_ledger(database.owner)
+
+
+async def test_an_operator_who_means_another_epoch_is_refused(database: Database, tmp_path: Path) -> None:
+    async with node(database, tmp_path) as one:
+        await rolled_back(one, database)
+        adopting = AdoptLedger(ledger=uuid7(), adopted=uuid7(), checkpoint="a note", reason=REASON)
+        receipt = await one.committer.submit("demo", adopting, OPERATOR)
+        assert isinstance(receipt.refusal, InvalidTransition)
+    check_ledger(database.owner)
+
+
+async def test_what_contradicts_the_log_before_says_nothing_of_the_one_after(
+    database: Database, tmp_path: Path
+) -> None:
+    """A publisher may have waited for a witness while the ledger was adopted."""
+    async with node(database, tmp_path) as one:
+        was, _ = await rolled_back(one, database)
+        note = LogFiles(tmp_path / "keys").last_signed(was.epoch)
+        assert note is not None
+        await muniment("ledger", "adopt", "demo", "--reason", REASON, url=database.worker, home=tmp_path)
+        async with one.pool.connection() as connection:
+            late = {"ledger_id": was.ledger_id, "why": "rolled back", "note": note.decode()}
+            await connection.execute(publisher.SQL.refuse, late)
+        assert (await one.publish()).size == 101
+    check_ledger(database.owner)
+
+
+@pytest.mark.parametrize(
+    ("reason", "role", "why"),
+    [("", "worker", "the reason"), ("x" * 100_000, "worker", "the reason"), (REASON, "api", "muniment_worker")],
+    ids=["no reason", "a long reason", "not the worker"],
+)
+async def test_what_cannot_be_done_is_said(
+    database: Database, tmp_path: Path, reason: str, role: str, why: str
+) -> None:
+    async with node(database, tmp_path) as one:
+        await rolled_back(one, database)
+        url = getattr(database, role)
+        said = await muniment("ledger", "adopt", "--all", "--reason", reason, url=url, home=tmp_path)
+        assert (said.code, why in said.err, "Traceback" in said.err) == (1, True, False), said.err
+    assert "LedgerAdopted" not in {event.type for _, event in check_ledger(database.owner)["demo"]}
+
+
 async def test_nobody_else_begins_the_stream_of_the_log(database: Database, tmp_path: Path) -> None:
     async with node(database, tmp_path) as one:
         receipt = await one.committer.submit("demo", OpenSession(agent_role="a", session_id=LOG), AGENT)
@@ -225,6 +283,27 @@ async def test_a_process_that_only_reads_comes_to_know_the_name(
 
 
 # What a process knows of a history that is no more
+
+
+async def test_a_process_that_outlives_its_ledger_finds_the_one_that_there_is(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with node(database, tmp_path) as one:
+        await record(one.committer, 3)
+        before = await one.ledger()
+        put_back(database, 0)
+        with psycopg.connect(database.owner) as owner:
+            owner.execute("SET session_replication_role = replica")
+            owner.execute("DELETE FROM ledger.ledgers")
+        monkeypatch.setattr(ledger.committer, "LOOK_SECONDS", 0.0)
+        with deadline(60) as check:
+            while await one.committer.ledger("demo") is not None:
+                check()
+                with suppress(StoreUnavailable):
+                    await one.committer.submit("demo", OpenSession(agent_role="a"), AGENT)
+        await record(one.committer, 3)
+        assert (await one.ledger()).ledger_id != before.ledger_id
+    check_ledger(database.owner)
 
 
 @pytest.mark.parametrize("grown", [0, 50, 100, 150], ids="grown by {} events".format)
