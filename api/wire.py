@@ -74,9 +74,10 @@ class Wire:
         self._room = asyncio.Semaphore(connections_max)
         self._all: list[httpx.AsyncClient] = []
         self._free: list[httpx.AsyncClient] = []
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        await asyncio.gather(*(connection.aclose() for connection in self._all))
+        await asyncio.gather(*(connection.aclose() for connection in self._all), *self._closing)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncGenerator[httpx.AsyncClient]:
@@ -86,7 +87,17 @@ class Wire:
             connection = self._free.pop() if self._free else self._another()
             try:
                 yield connection
-            finally:
+            except asyncio.CancelledError:
+                # Where that met it between two of its steps, httpx takes it for one that is in use, for ever.
+                self._all.remove(connection)
+                closing = asyncio.create_task(connection.aclose())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+                raise
+            except BaseException:
+                self._free.append(connection)
+                raise
+            else:
                 self._free.append(connection)
 
     def _another(self) -> httpx.AsyncClient:
