@@ -165,8 +165,7 @@ class Call:
             answer = refuse(as_error(raised, self.scope["method"], self.scope["path"]))
             if self.command_id is not None:
                 answer.headers.append((b"command-id", self.command_id.encode()))
-        if self.ledger_id is not None:
-            epoch = self.api.committer.epoch(self.caller.project_id)
+        if self.ledger_id is not None and (epoch := self.api.committer.epoch(self.caller.project_id)):
             answer.headers.append((b"ledger-id", str(epoch).encode()))
         return answer
 

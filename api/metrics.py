@@ -20,7 +20,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import psycopg
-from psycopg_pool import PoolTimeout
 
 from api.health import DATABASE_SECONDS_MAX, probing
 from api.http import Answer, Api, Call, Requests
@@ -90,7 +89,7 @@ async def _shared(api: Api) -> list["Metric"]:
             families += [
                 *(*await _of_views(connection), *await _of_logs(connection), *await _of_approvals(connection)),
             ]
-    except (TimeoutError, PoolTimeout, psycopg.Error):
+    except (TimeoutError, psycopg.Error):
         up = 0
     families.append(gauge("muniment_database_up", "Whether the database answers.", {(): up}))
     families += await _of_keys(api)
@@ -107,7 +106,7 @@ async def _of_keys(api: Api) -> list["Metric"]:
     try:
         async with asyncio.timeout(DATABASE_SECONDS_MAX):
             families += await _of_erasures(api)
-    except (TimeoutError, PoolTimeout, MunimentError, psycopg.Error):
+    except (TimeoutError, MunimentError, psycopg.Error):
         up = 0
     return [*families, gauge("muniment_keys_up", "Whether it can be seen which keys are to be destroyed.", {(): up})]
 

@@ -59,8 +59,7 @@ def decide(epochs: Epochs | None, command: Command, world: World) -> list[Fact]:
     if not isinstance(command, AdoptLedger):
         raise TypeError(f"{type(command).__name__} is not a command about a log")
     if command.adopted != world.epoch:
-        known = {"id": str(world.epoch), "current_state": "adopted", "allowed": ()}
-        raise InvalidTransition(command="AdoptLedger", **known)
+        raise InvalidTransition(command="AdoptLedger", id=str(world.epoch), current_state="adopted", allowed=())
     return [LedgerAdopted(ledger=command.ledger, adopted=command.adopted, checkpoint=command.checkpoint)]
 
 

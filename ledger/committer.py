@@ -12,7 +12,6 @@ from time import monotonic
 from uuid import UUID
 
 from msgspec import UNSET
-from psycopg_pool import PoolTimeout
 from uuid_utils.compat import uuid7
 
 from ledger import store
@@ -35,6 +34,7 @@ from ledger.watch import Watch
 from ledger.writer import Writer
 
 LOOK_SECONDS = 5.0
+"""How long what a ledger is called may be that of another process's past, where nothing is recorded here."""
 
 
 class Committer:
@@ -109,10 +109,11 @@ class Committer:
             return writer.ledger
         return None
 
-    def epoch(self, project_id: str) -> UUID:
+    def epoch(self, project_id: str) -> UUID | None:
         """What the ledger of the project is called outside. Where another process has begun that, it is known at the
-        next commit here, or some seconds later."""
-        return self._writers[project_id].ledger.epoch
+        next commit here, or some seconds later. None where it is gone."""
+        writer = self._writers.get(project_id)
+        return writer.ledger.epoch if writer else None
 
     @property
     def waiting(self) -> int:
@@ -166,11 +167,11 @@ class Committer:
         now = monotonic()
         if now > self._looked_at.get(writer.ledger_id, 0.0) + LOOK_SECONDS:
             self._looked_at[writer.ledger_id] = now
-            job = asyncio.create_task(self._name(writer), context=Context())
+            job = asyncio.create_task(self._look_now(writer), context=Context())
             self._looking.add(job)
             job.add_done_callback(self._looking.discard)
 
-    async def _name(self, writer: Writer) -> None:
+    async def _look_now(self, writer: Writer) -> None:
         try:
             async with self.pool.connection() as connection:
                 epoch = (await store.head(connection, writer.ledger_id)).epoch
@@ -178,7 +179,7 @@ class Committer:
         except store.Gone:
             # Whoever asks next finds out which ledger the project has, if any.
             self._writers = {name: one for name, one in self._writers.items() if one is not writer}
-        except (*TROUBLE, PoolTimeout):
+        except TROUBLE:
             pass  # it is asked again
 
     async def _pending(self, project_id: str, command: Command, actor: Actor, traceparent: str | None) -> Pending:

@@ -6,7 +6,7 @@ It says what one batch may hold. When it is begun, sent and answered, is the wri
 import asyncio
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from itertools import pairwise
+from itertools import groupby
 from uuid import UUID
 
 from msgspec import Struct, field
@@ -24,9 +24,9 @@ def apart(batch: list[Pending]) -> Iterator[list[Pending]]:
 
     What comes after it is sealed under a key that is not made yet; and where the keys are away, nothing else fails.
     """
-    erasures = [place for place, pending in enumerate(batch) if isinstance(pending.command, EraseSubject)]
-    cuts = [0, *(cut for place in erasures for cut in (place, place + 1)), len(batch)]
-    return (batch[begin:end] for begin, end in pairwise(cuts) if begin < end)
+    for is_erasure, part in groupby(batch, lambda pending: isinstance(pending.command, EraseSubject)):
+        commands = list(part)
+        yield from ([one] for one in commands) if is_erasure else [commands]
 
 
 class Flight(Struct, eq=False):

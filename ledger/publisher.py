@@ -92,9 +92,9 @@ class Publisher:
         self._cosigners = Cosigners(http, witnesses) if http is not None and witnesses.known else None
         self._known: dict[UUID, Note] = {}
         self._unkept: dict[UUID, str] = {}
-        self._shown: dict[UUID, list[Note]] = {}
+        self._told: dict[UUID, list[Note]] = {}
         self._confronted: dict[UUID, str] = {}
-        """Where each log was when the witnesses were asked what they know of it; what they showed is in `_shown`."""
+        """Where each log was when the witnesses were asked what they know of it; what they showed is in `_told`."""
 
     def forget(self) -> None:
         """Ask witnesses anew what they know of every log: it may be another database that answers from here on."""
@@ -108,7 +108,7 @@ class Publisher:
     async def usable(self, connection: Connection) -> list[int]:
         """The numbers of the keys that sign, and are here."""
         with suppress(UnusableKey):
-            return [key.number for key, _ in self._signers(await tree.keys_of(connection, "any"))]
+            return [key.number for key, _ in self._signers(await tree.keys_of(connection))]
         return []
 
     async def publish(self, ledger_id: UUID) -> None:
@@ -116,21 +116,31 @@ class Publisher:
 
         Raises Refused, which the log of that ledger then says too, and psycopg's errors: then it is to be tried again.
         """
-        async with self._pool.connection() as connection:
-            await connection.execute(SQL.begin, {"ledger_id": ledger_id})
         try:
             await self._confront(ledger_id)
             row = await self._sign(ledger_id)
+            if row is None and await self._begin(ledger_id):
+                await self._confront(ledger_id)
+                row = await self._sign(ledger_id)
             if row is not None and row.signed is not None:
                 await self._show(ledger_id, row)
-        except (Refused, RolledBack, Damaged, InvalidNote, UnusableKey, psycopg.errors.InsufficientPrivilege) as error:
-            self.published.refusals += 1
-            refused = _refusal(error)
+        except Refused as refused:
             await self._refuse(ledger_id, refused)
-            raise refused from error.__cause__ or (None if refused is error else error)
+            raise
+        except (RolledBack, Damaged, InvalidNote, UnusableKey, psycopg.errors.InsufficientPrivilege) as error:
+            refusal = _refusal(error)
+            await self._refuse(ledger_id, refusal)
+            raise refusal from error
+
+    async def _begin(self, ledger_id: UUID) -> bool:
+        """Begin the log of a ledger; False where it has one, or is not here itself."""
+        async with self._pool.connection() as connection:
+            begun = await connection.execute(SQL.begin, {"ledger_id": ledger_id})
+        return begun.rowcount == 1
 
     async def _refuse(self, ledger_id: UUID, refused: Refused) -> None:
         """Have it known to all workers, and to whoever asks."""
+        self.published.refusals += 1
         note = refused.contradicted_by
         values = {"ledger_id": ledger_id, "why": refused.said, "note": None if note is None else str(note)}
         async with self._pool.connection() as connection:
@@ -155,7 +165,7 @@ class Publisher:
         if len(self._names) - len(silent) < self._quorum:
             raise _too_few("say what they know", silent)
         # What they show may be of what is here: then the database has only forgotten to have signed it.
-        self._shown[row.log_id] = [error.shown for error in told if error.shown is not None]
+        self._told[row.log_id] = [error.shown for error in told if error.shown is not None]
         self._confronted[row.log_id] = row.server
 
     async def _overtaken(self, ledger_id: UUID, size: int, error: RolledBack) -> bool:
@@ -182,14 +192,17 @@ class Publisher:
             )
         edge = await tree.read_edge(connection, ledger_id, row.size)
         vkeys = [key.vkey for key in keys]
-        if row.signed is not None:
-            signed = check_checkpoint(Note.parse(row.signed.encode()), vkeys)
+        stored = None if row.signed is None else Note.parse(row.signed.encode())
+        if stored is not None:
+            signed = check_checkpoint(stored, vkeys)
             if signed != Checkpoint(row.origin, row.size, edge.root):
                 raise Refused(f"what is stored is not what was signed: the tree of {row.size} events has another root")
-        notes = [*self._last_signed(row.log_id), *self._shown.get(row.log_id, ())]
+        notes = [*self._last_signed(row.log_id), *self._told.get(row.log_id, ())]
         if row.contradicted_by is not None:
             notes.append(Note.parse(row.contradicted_by.encode()))
         for note in notes:
+            if note == stored:
+                continue  # as nearly always
             known = check_checkpoint(note, vkeys)
             if known.size > head:
                 what = f"a checkpoint of {known.size} events was signed, and {head} are there"
@@ -290,11 +303,11 @@ class Publisher:
 
     async def _keep(self, log_id: UUID, note: Note) -> None:
         """Remember beside the key what was signed, before anybody sees it."""
-        if self._known.get(log_id) == note:
+        if self._known.get(log_id) == note and log_id not in self._unkept:
             return
+        self._known[log_id] = note
         try:
             await asyncio.to_thread(self._keys.keep_signed, log_id, note)
-            self._known[log_id] = note
             self._unkept.pop(log_id, None)
         except OSError as error:
             # Keys may be where nothing can be written. Then only witnesses notice a database that was put back.
@@ -344,18 +357,15 @@ async def _read(connection: Connection, query: bytes, ledger_id: UUID) -> _Row |
     return _Row(*row) if row else None
 
 
-def _too_few(have_not: str, silent: dict[str, str]) -> Refused:
-    why = "; ".join(f"{name}: {why}" for name, why in sorted(silent.items()))
-    return Refused(
-        f"too few witnesses {have_not}: {why}", said=f"too few witnesses {have_not}: not {', '.join(sorted(silent))}"
-    )
+def _too_few(wanted: str, silent: dict[str, str]) -> Refused:
+    why = "; ".join(f"{name}: {reason}" for name, reason in sorted(silent.items()))
+    said = f"too few witnesses {wanted}: not {', '.join(sorted(silent))}"
+    return Refused(f"too few witnesses {wanted}: {why}", said=said)
 
 
 def _refusal(error: Exception) -> Refused:
     said = ""
     match error:
-        case Refused():
-            return error
         case UnusableKey():
             said = "no key that signs can be used where the worker runs; its log says more"
         case psycopg.Error():

@@ -48,8 +48,8 @@ class Gone(psycopg.OperationalError):
 
 
 class Ledger(NamedTuple):
-    """A project's ledger and where it stands. `epoch` is what it is called outside: SPEC's `ledger_id`, which is
-    another one once it was adopted (adoption.py), while `ledger_id` is for ever."""
+    """A project's ledger and where it stands. `epoch` is what it is called outside: the `Ledger-Id` of an
+    answer, another one once it was adopted (adoption.py), while `ledger_id` is for ever."""
 
     ledger_id: UUID
     is_foreign: bool
@@ -263,7 +263,8 @@ async def append(connection: Connection, batch: Append) -> bool:
             values = {"ledger_id": batch.ledger_id, "epoch": batch.epoch}
             await connection.execute(SQL.adopt, values)
             begun = await connection.execute(SQL.begin_log, values)
-            assert begun.rowcount == 1, "what contradicted the log is gone: it goes on by itself"
+            if begun.rowcount != 1:
+                raise RuntimeError("what contradicted the log is gone: it goes on by itself")
     return True
 
 

@@ -78,8 +78,9 @@ async def log_of(connection: Connection, ledger_id: UUID) -> Log | None:
     )
 
 
-async def keys_of(connection: Connection, origin: str) -> list[LogKey]:
-    """The keys of the log that is called so, the oldest first; retired ones too, for what they have signed."""
+async def keys_of(connection: Connection, origin: str = "any") -> list[LogKey]:
+    """The keys of the log that is called so, the oldest first; retired ones too, for what they have signed. Those of
+    all logs are the same but for that name."""
     cursor = await connection.execute(SQL.keys, prepare=True)
     return [
         LogKey(

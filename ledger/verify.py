@@ -149,7 +149,7 @@ class Stated(Struct, gc=False):
     @property
     def is_adoption(self) -> bool:
         """Whether it is the first entry of an epoch."""
-        return self.type == ADOPTION[1] and self.stream_type == ADOPTION[0]
+        return (self.stream_type, self.type) == ADOPTION
 
     @staticmethod
     def of(entry: bytes) -> "Stated":

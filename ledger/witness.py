@@ -40,7 +40,7 @@ ASK_SECONDS = 5.0
 GRACE_SECONDS = 0.3
 """How long the others are waited for once there is a quorum."""
 SILENT_SECONDS = 60.0
-"""How long one that did not answer in time is waited for no longer than that, when it is only asked what it knows."""
+"""For so long after one did not answer in time it is waited for GRACE_SECONDS only, when it is asked what it knows."""
 ATTEMPTS = 3
 ANSWER_BYTES_MAX = 256 * 1024
 

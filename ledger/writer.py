@@ -385,9 +385,8 @@ class Writer:
     def _accept(self, flight: Flight) -> None:
         """The batch is durable."""
         self._memory.accept(flight.decided)
-        if flight.fresh and isinstance(
-            erasing := flight.fresh[-1].command, EraseSubject
-        ):  # by itself, where it is done
+        erasing = flight.fresh[-1].command if flight.fresh else None
+        if isinstance(erasing, EraseSubject):  # the only one of its batch (flight.apart)
             self._vault.give_up(self._memory.project_id, [erasing.subject])
         if flight.decided.append.events:
             self._commits.events += len(flight.decided.append.events)

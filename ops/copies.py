@@ -1,6 +1,6 @@
 """Where copies of a log are read from: a directory, or a zip file, made by nobody knows whom.
 
-Nothing in them is followed, waited for or unpacked, and none of what they are called commands a terminal.
+No link in the place of a file is followed, nothing waited for or unpacked, and no name in them commands a terminal.
 """
 
 import os
@@ -38,7 +38,7 @@ def in_directory(directory: Path) -> Read:
 
     def read(path: str) -> bytes:
         try:
-            # Nothing that stands there for a file is waited for, or followed out of the directory.
+            # Nothing that stands there for a file is waited for, or followed.
             file = os.open(directory / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except NotADirectoryError:
             raise FileNotFoundError(path) from None

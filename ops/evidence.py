@@ -22,6 +22,7 @@ import msgspec
 from cyclopts import App, Parameter
 
 from ledger import past, store, tree
+from ledger.adoption import LOG
 from ledger.checkpoint import InclusionProof, Note, VerifierKey
 from ledger.entry import Event, whole
 from ledger.events import ApprovalRequested, Fact, VoteCast
@@ -267,7 +268,7 @@ async def _adoptions(source: Source, positions: Sequence[int]) -> list[int]:
         if Stated.of(first.entry).ledger == source.log.origin.rpartition("/")[2]:
             return []
         ends = {"after": positions[0], "size": source.log.published_size}
-        found = await fetch(connection, SQL.adoptions, ledger_id=source.ledger_id, **ends)
+        found = await fetch(connection, SQL.adoptions, ledger_id=source.ledger_id, log=LOG, **ends)
     return [position for (position,) in found]
 
 

@@ -10,9 +10,8 @@ WHERE ledger_id = %(ledger_id)s AND position <= %(size)s AND stream_id IN (
 )
 ORDER BY position
 
-
 -- name: adoptions
--- Where the log went on from an earlier one. No index has the type: all is read, in a ledger that was ever adopted.
+-- Where the log went on from an earlier one.
 SELECT position FROM ledger.events
-WHERE ledger_id = %(ledger_id)s AND type = 'LedgerAdopted' AND position > %(after)s AND position <= %(size)s
+WHERE ledger_id = %(ledger_id)s AND stream_id = %(log)s AND position > %(after)s AND position <= %(size)s
 ORDER BY position

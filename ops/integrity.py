@@ -13,7 +13,6 @@ from itertools import islice, pairwise
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import msgspec
 from msgspec import Struct, field
 
 from ledger.adoption import LOG, name_at
@@ -25,12 +24,15 @@ from ledger.postgres import Connection, queries, texts, uuids
 from ledger.store import SQL as STORE
 from ledger.store import CommandRow, Stored
 from ledger.values import stamp
+from ledger.verify import UNREADABLE
 
 SQL = queries("ops", "integrity")
 
 EVENTS_MAX = 500
 """How many events are read at once; one may have up to 8 MiB of data beside it."""
 FAULTS_MAX = 100
+NO_EVENT = (*UNREADABLE, KeyError)
+"""What reading bytes raises that are no event."""
 
 
 class Integrity(Struct):
@@ -120,7 +122,7 @@ async def _adoptions(connection: Connection, ledger_id: UUID) -> list[Recorded]:
     values = {"ledger_id": ledger_id, "stream_ids": uuids([LOG])}
     found = []
     for row in await (await connection.execute(STORE.read_streams, values)).fetchall():
-        with suppress(UpgradeRequired, msgspec.MsgspecError, ValueError, KeyError):
+        with suppress(UpgradeRequired, *NO_EVENT):
             found.append(Stored(*row).decode())
     return found
 
@@ -154,7 +156,7 @@ def _event_faults(ledger: _Ledger, row: _Row, events: list[Recorded]) -> Iterato
     except UpgradeRequired as error:
         yield f"a newer version of Muniment wrote it: {error}"
         return
-    except (msgspec.MsgspecError, ValueError, KeyError, RecursionError) as error:
+    except NO_EVENT as error:
         yield f"its bytes are no event: {error}"
         return
     events.append(Recorded(row.position, event))

@@ -9,19 +9,16 @@ import sys
 
 from cyclopts import App
 
-from ledger import store, tree
+from ledger import log_key, store, tree
+from ledger.log_events import LogKeyAdded, LogKeyRetired
 from ledger.log_key import LogKeys
 from ledger.operations import LOG_KEYS, OPERATORS, AddLogKey, RetireLogKey
 from ledger.postgres import Connection
-from ledger.replay import fold
 from ledger.signing import LogFiles
 from ledger.values import moment
 from ops.desk import Desk, DeskError, connected, open_desk
 
 keys = App(name="keys", help="The keys that sign checkpoints: have one follow the other.")
-
-ANY = "any"
-"""Of whichever log: all are signed by the same keys."""
 
 
 @keys.command(name="list")
@@ -34,7 +31,7 @@ async def list_keys(*, project: str | None = None) -> None:
         Show what the log of that project is verified with, for who verifies it: its verifier keys.
     """
     async with connected() as connection:
-        origin = ANY
+        origin = "any"
         if project is not None:
             ledger = await store.find_ledger(connection, project)
             if ledger is None:
@@ -61,7 +58,7 @@ async def add(*, reason: str | None = None) -> None:
         files = LogFiles(desk.settings.log_keys_dir)
         await _record(desk)
         async with desk.pool.connection() as connection:
-            number = 1 + max((key.number for key in await tree.keys_of(connection, ANY)), default=0)
+            number = 1 + max((key.number for key in await tree.keys_of(connection)), default=0)
         public = files.make(number)
         # Dying here leaves a file that signs nothing: the next key that is made is that one.
         receipt = await desk.give(AddLogKey(number=number, public=public.hex(), reason=reason))
@@ -93,9 +90,9 @@ async def retire(number: int, /, *, reason: str | None = None) -> None:
 async def _record(desk: Desk) -> None:
     """Have on record what a worker made by itself, in development. Raises DeskError in production, where none does."""
     async with desk.pool.connection() as connection:
-        told = await _told(connection)
-        for key in await tree.keys_of(connection, ANY):
-            if told.find(key.number) is None:
+        known = await told(connection)
+        for key in await tree.keys_of(connection):
+            if known.find(key.number) is None:
                 if desk.settings.mode == "production":
                     raise DeskError(
                         f"the key {key.number} in the database was added by no operator, and nothing is put on record "
@@ -104,16 +101,19 @@ async def _record(desk: Desk) -> None:
                 await desk.give(AddLogKey(number=key.number, public=key.vkey.public.hex()))
 
 
-async def _told(connection: Connection) -> LogKeys:
-    """The keys as the operators' ledger has them."""
+async def told(connection: Connection) -> LogKeys:
+    """The keys as the operators' ledger has them, by its events about keys alone."""
     ledger = await store.find_ledger(connection, OPERATORS)
-    history = await store.read_streams(connection, ledger.ledger_id, [LOG_KEYS]) if ledger else []
-    return fold(history) or LogKeys()
+    keys = LogKeys()
+    for _, event in await store.read_streams(connection, ledger.ledger_id, [LOG_KEYS]) if ledger else ():
+        if isinstance(event.data, LogKeyAdded | LogKeyRetired):
+            keys = log_key.evolve(keys, event)
+    return keys
 
 
-async def _follow(connection: Connection, told: LogKeys) -> None:
+async def _follow(connection: Connection, known: LogKeys) -> None:
     """Bring the table to what the ledger says. Dying on the way, the next command does it."""
-    for key in told.keys:
+    for key in known.keys:
         await tree.add_key(connection, key.number, bytes.fromhex(key.public), moment(key.added_at))
         if key.retired_at is not None:
             await tree.retire_key(connection, key.number, moment(key.retired_at))

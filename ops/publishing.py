@@ -94,7 +94,7 @@ class Publishing:
                     await self._look.wait()
 
     async def _find(self, connection: Connection) -> None:
-        if self._first_key is not None and not await tree.keys_of(connection, "any"):
+        if self._first_key is not None and not await tree.keys_of(connection):
             await make_first_key(connection, self._first_key)
         values = {"keys": await self._publisher.usable(connection), "all": self._look_at_all}
         cursor = await connection.execute(SQL.behind, values, prepare=True)

@@ -19,7 +19,7 @@ from ledger.postgres import Pool, fetch
 from ledger.project_key import UnusableKey
 from ledger.store import Stored
 from ledger.vault import BrokenSeal, Place, Vault
-from ops.integrity import EVENTS_MAX, Integrity
+from ops.integrity import EVENTS_MAX, NO_EVENT, Integrity
 
 _MARK = SEALED.encode()
 
@@ -72,7 +72,7 @@ async def _faults(vault: Vault, project: str, rows: Sequence[Stored]) -> list[st
     """Where one does not open it is looked for by halves. Raises UnusableKey."""
     try:
         await unsealed(vault, project, rows)
-    except (BrokenSeal, msgspec.MsgspecError, ValueError, KeyError, RecursionError) as error:
+    except (BrokenSeal, *NO_EVENT) as error:
         if len(rows) > 1:
             middle = len(rows) // 2
             return [*await _faults(vault, project, rows[:middle]), *await _faults(vault, project, rows[middle:])]

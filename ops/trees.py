@@ -12,28 +12,25 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 from uuid import UUID
 
-import msgspec
 from cyclopts import Parameter
 
-from ledger import log_key, store, tree
+from ledger import tree
 from ledger.checkpoint import ED25519, Checkpoint, InvalidNote, Note, VerifierKey
 from ledger.errors import UpgradeRequired
-from ledger.log_events import LogKeyAdded, LogKeyRetired
-from ledger.log_key import Key, LogKeys
+from ledger.log_key import Key
 from ledger.merkle import EMPTY_ROOT, HASH_BYTES, TILE_HASHES, TILE_LEVELS, Edge, Run, Tile, parted
-from ledger.operations import LOG_KEYS, OPERATORS
+from ledger.operations import OPERATORS
 from ledger.postgres import Connection, fetch, open_keys_pool, queries
 from ledger.tree import Damaged, LogKey
 from ledger.vault import Vault
 from ledger.verify import Trust, read_checkpoint
 from ops import OperatorError
 from ops.desk import reached
-from ops.integrity import FAULTS_MAX, Integrity, recompute
+from ops.integrity import FAULTS_MAX, NO_EVENT, Integrity, recompute
+from ops.log_keys import told
 from ops.seals import open_all
 
 SQL = queries("ops", "trees")
-
-LEAVES_AT_ONCE = 64 * TILE_HASHES
 
 
 async def database(
@@ -74,8 +71,8 @@ async def database(
         sealed = 0
         if open_seals:
             sealed = await open_all(pool, Vault(settings.keys_dir, keys, create_keys=False), found)
-    for told in (*found.faults, *found.notes):
-        print(told)
+    for line in (*found.faults, *found.notes):
+        print(line)
     if len(found.faults) == FAULTS_MAX:
         print(f"and perhaps more: the first {FAULTS_MAX} are told")
     if found.faults:
@@ -181,7 +178,7 @@ async def _made(
     first = 0
     for size in sorted({*sizes, log.size} - {0}):
         while first < size:
-            end = min(size, first + LEAVES_AT_ONCE)
+            end = min(size, first + tree.LEAVES_AT_ONCE)
             (leaves,) = await tree.read_leaves(connection, log.ledger_id, [Run(first, end)])
             for level, hashes in edge.extend(parted(leaves)):
                 tiles[level, full[level]] = hashes
@@ -216,31 +213,21 @@ async def compare_keys(connection: Connection, found: Integrity, *, may_be_made:
     """
     async with connection.transaction():
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        there = await tree.keys_of(connection, "any")
+        there = await tree.keys_of(connection)
         try:
-            told = await _told(connection)
-        except (UpgradeRequired, msgspec.MsgspecError, ValueError, KeyError, RecursionError) as error:
+            known = await told(connection)
+        except (UpgradeRequired, *NO_EVENT) as error:
             found.add(OPERATORS, [f"what it says of the keys that sign cannot be read: {error}"])
             return
-    if may_be_made and there and not told.keys:
+    if may_be_made and there and not known.keys:
         found.notes.append(
             f"{OPERATORS}: it says nothing of the keys that sign, so that whoever wrote them into the database is "
             "believed (in development a worker makes the first; `muniment keys add` has it on record)"
         )
         return
     stored = {key.number: key for key in there}
-    for number in sorted({*stored, *(key.number for key in told.keys)}):
-        found.add(OPERATORS, _key_faults(number, stored.get(number), told.find(number)))
-
-
-async def _told(connection: Connection) -> LogKeys:
-    """The keys as the operators' ledger has them, by its events about keys alone."""
-    ledger = await store.find_ledger(connection, OPERATORS)
-    keys = LogKeys()
-    for _, event in await store.read_streams(connection, ledger.ledger_id, [LOG_KEYS]) if ledger else ():
-        if isinstance(event.data, LogKeyAdded | LogKeyRetired):
-            keys = log_key.evolve(keys, event)
-    return keys
+    for number in sorted({*stored, *(key.number for key in known.keys)}):
+        found.add(OPERATORS, _key_faults(number, stored.get(number), known.find(number)))
 
 
 def _key_faults(number: int, stored: LogKey | None, told: Key | None) -> Iterator[str]:

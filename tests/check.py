@@ -109,7 +109,7 @@ def _history(
         assert version == versions[stream_id], f"versions of {stream_id} are dense"
         history.append(Recorded(position, event))
     adoptions = [recorded for recorded in history if recorded.event.stream_id == LOG]
-    assert (name_at(0, adoptions, epoch)) == ledger_id, "it was called so at first"
+    assert name_at(0, adoptions, epoch) == ledger_id, "it was called so at first"
     for position, event in history:
         assert (event.project, event.ledger) == (project_id, name_at(position, adoptions, epoch))
     times = [event.recorded_at for _, event in history]

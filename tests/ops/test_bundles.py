@@ -16,6 +16,7 @@ from uuid_utils.compat import uuid7
 
 from api.client import Client
 from ledger import store
+from ledger.adoption import LOG
 from ledger.checkpoint import Checkpoint, Note, VerifierKey
 from ledger.commands import (
     BeginUse,
@@ -218,7 +219,8 @@ async def test_what_an_earlier_log_has_recorded_is_exported_with_the_entry_by_wh
         event(14, 50, 1, ledger=NEW, **more)[0],
     ]
     rows = [
-        EventRow(uuid7(), 1, kind, entry, leaf_hash(entry), None) for kind, entry in zip(KINDS, entries, strict=True)
+        EventRow(LOG if kind == "LedgerAdopted" else uuid7(), 1, kind, entry, leaf_hash(entry), None)
+        for kind, entry in zip(KINDS, entries, strict=True)
     ]
     async with ledger.pool.connection() as connection:
         await store.append(connection, Append(ledger_id=ledger_id, seen=12, recorded_at=datetime.now(UTC), events=rows))
