@@ -4,7 +4,7 @@ import hashlib
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -347,6 +347,9 @@ def test_a_commit_the_standby_did_not_confirm_is_not_acknowledged(durable_server
     """The server commits locally, says so in a warning, and the standby may be promoted without it."""
     waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 
+    def seen(tried: "Future[None]") -> Any:
+        return owner.execute(waiting).fetchone() or tried.done()
+
     def is_gone(pid: Any) -> bool:
         return bool(owner.execute(waiting).fetchone() != pid)
 
@@ -356,8 +359,16 @@ def test_a_commit_the_standby_did_not_confirm_is_not_acknowledged(durable_server
         ThreadPoolExecutor() as threads,
     ):
         recorder = LedgerRecorder(pool, "theirs", create=True)
+        owner.execute("SET synchronous_commit = off")  # this connection waits for no standby
         owner.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         owner.execute("SELECT pg_reload_conf()")
+        while True:  # the server takes its time to heed that
+            tried = threads.submit(commit, durable_server.url())
+            pid = until(partial(seen, tried))
+            if pid is not True:
+                owner.execute("SELECT pg_cancel_backend(%s)", pid)
+                tried.result(30)
+                break
         answer = threads.submit(recorder.insert_events, [stored(uuid4(), 1)])
         for _ in range(2):  # the insert, then the look-up that asks whether it is safe by now
             pid = until(lambda: owner.execute(waiting).fetchone())
@@ -368,6 +379,11 @@ def test_a_commit_the_standby_did_not_confirm_is_not_acknowledged(durable_server
         owner.execute("SELECT pg_reload_conf()")
         assert answer.result(30) == [1]
         assert recorder.max_notification_id() == 1
+
+
+def commit(conninfo: str) -> None:
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute("SELECT pg_logical_emit_message(true, 'a commit', '')")
 
 
 def until(condition: Callable[[], Any]) -> Any:
